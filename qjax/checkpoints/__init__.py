@@ -1,0 +1,3 @@
+"""Checkpoints: one file per on-disk format."""
+
+from __future__ import annotations
