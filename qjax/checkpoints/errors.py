@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used. The message names the file or tensor, the values, and what to do."""
+    """A checkpoint cannot be used; the message names the file or tensor and what to do."""

@@ -1,4 +1,4 @@
-"""Which reader a quantized checkpoint needs: finds its quantization config and asks each reader in turn."""
+"""Finds the quantization config of a checkpoint and the reader which takes it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ ReaderFactory = Callable[[CheckpointSource], QuantizedReader | None]
 READERS: tuple[ReaderFactory, ...] = ()
 """Asked in order. Each returns None where the checkpoint is not of its format."""
 
-# Where writers put the quantization config, after config.json itself. modelopt wraps it in one more object.
+# Where writers put it when not in config.json. hf_quant_config.json (modelopt) wraps it in one more
+# object, which is for its reader to open.
 _CONFIG_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
-# Tensors that no plain checkpoint has: with one of these and no quantization config, loading must stop.
+# Tensors that no plain checkpoint has: one of these without a quantization config stops the load.
 _QUANTIZED_SUFFIXES = (
     ".qweight",
     ".weight_packed",
@@ -32,7 +33,7 @@ _QUANTIZED_SUFFIXES = (
 def find_reader(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> QuantizedReader | None:
-    """The reader of a checkpoint's quantization format; None for a checkpoint that is not quantized.
+    """The reader of a checkpoint's quantization format; None if the checkpoint is not quantized.
 
     Args:
       folder: Where the checkpoint lies.
@@ -47,8 +48,9 @@ def find_reader(
         for name, info in tensors.items():
             if name.endswith(_QUANTIZED_SUFFIXES) or info.dtype.startswith("F8_"):
                 raise CheckpointError(
-                    f"{folder} holds quantized tensors ({name}, {info.dtype} {info.shape}) but no quantization config; "
-                    f"looked for quantization_config in config.json and for {', '.join(_CONFIG_FILES)}"
+                    f"{folder} holds quantized tensors ({name}, {info.dtype} {info.shape}) but no "
+                    "quantization config; looked for quantization_config in config.json and for "
+                    f"{', '.join(_CONFIG_FILES)}"
                 )
         return None
     source = CheckpointSource(str(folder), config, quantization, file, tensors)
@@ -58,8 +60,8 @@ def find_reader(
             return reader
     method = quantization.get("quant_method") or quantization.get("quant_algo") or "(not named)"
     raise CheckpointError(
-        f"{folder / file}: quantization method {method!r} is not supported; load the unquantized checkpoint and "
-        "quantize it here instead"
+        f"{folder / file}: quantization method {method!r} is not supported; load the unquantized "
+        "checkpoint and quantize it here instead"
     )
 
 

@@ -1,16 +1,17 @@
 """What a reader of one on-disk quantization format must offer to the loader.
 
-A reader turns the tensors of one linear layer, exactly as they lie in the checkpoint, into one ``QuantizedArray``
-of the kernel's shape ``(K, N)`` = (in features, out features). Stored integers and scales are kept unchanged. It is
-built once per checkpoint from the headers alone (no weight is touched), so every refusal comes before weight work:
+A reader turns the tensors of one linear layer, exactly as they lie in the checkpoint, into one
+``QuantizedArray`` of the kernel's shape ``(K, N)`` = (in features, out features). Stored integers
+and scales are kept unchanged. It is built once per checkpoint from the headers alone (no weight is
+touched), so every refusal comes before weight work:
 
-    reader = AwqReader.from_source(source)            # None: not my format; CheckpointError: mine, but unsupported
-    reader.is_quantized("model.layers.0.mlp.up_proj") # False: the loader reads a plain `weight`
-    reader.expected(layer, shape=(K, N))              # the loader checks presence, shape and dtype against headers
-    reader.read(layer, get, shape=(K, N), dtype=...)  # one layer, called in turn; nothing is kept afterwards
+    reader = AwqReader.from_source(source)   # None: not my format; CheckpointError: unsupported
+    reader.is_quantized(layer)               # False: the loader reads a plain `weight`
+    reader.expected(layer, (K, N))           # the loader compares these with the headers
+    reader.read(layer, get, (K, N), dtype)   # one layer at a time; nothing is kept afterwards
 
-Biases, norms, embeddings and layers which are not quantized belong to the loader. ``qjax.checkpoints.quantized``
-holds the explicit list of readers.
+Biases, norms, embeddings and layers which are not quantized belong to the loader.
+``qjax.checkpoints.quantized`` holds the explicit list of readers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from qjax.checkpoints.safetensors_io import TensorInfo
 from qjax.quantized_array import QuantizedArray
 
 GetTensor = Callable[[str], np.ndarray]
-"""Name -> read-only memory-mapped array; bf16 and fp8 arrive as their ml_dtypes types, scalars with shape ()."""
+"""Name -> read-only memory-mapped array. bf16 and fp8 arrive as their ml_dtypes types."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class CheckpointSource:
     quantization: Mapping[str, Any]
     """The quantization config, from whichever file holds it; never empty."""
     quantization_file: str
-    """The name of that file ("config.json", "hf_quant_config.json", "quantize_config.json", ...), for messages."""
+    """Its file name: ``"config.json"``, ``"hf_quant_config.json"``, ... For messages."""
     tensors: Mapping[str, TensorInfo]
     """Every tensor of every shard: safetensors dtype name and shape."""
 
@@ -58,8 +59,9 @@ class ExpectedTensor:
 class KVScales:
     """Static scales of the KV cache: ``key ~= stored * keys[layer]`` per head.
 
-    ``keys`` and ``values`` hold one float32 array of shape ``(num_kv_heads,)`` per layer; a per tensor scale is
-    repeated over the heads. ``dtype`` names the format they were calibrated for, such as ``"float8_e4m3fn"``.
+    ``keys`` and ``values`` hold one float32 array of shape ``(num_kv_heads,)`` per layer; a per
+    tensor scale is repeated over the heads. ``dtype`` names the format they were calibrated for,
+    such as ``"float8_e4m3fn"``.
     """
 
     keys: tuple[np.ndarray, ...]
@@ -76,7 +78,7 @@ class QuantizedReader(Protocol):
         ...
 
     def is_quantized(self, layer: str) -> bool:
-        """Whether a linear layer, such as ``"model.layers.0.self_attn.q_proj"`` or ``"lm_head"``, is quantized."""
+        """Whether a layer, such as ``"model.layers.0.self_attn.q_proj"``, is quantized."""
         ...
 
     def expected(self, layer: str, shape: tuple[int, int]) -> Mapping[str, ExpectedTensor]:
@@ -94,7 +96,7 @@ class QuantizedReader(Protocol):
         ...
 
     def kv_scale_names(self, num_layers: int) -> frozenset[str]:
-        """Names in the checkpoint which belong to the KV cache (so they are not extra tensors). May be empty."""
+        """Names that belong to the KV cache, so that they do not count as extra tensors."""
         ...
 
     def kv_scales(self, get: GetTensor, num_layers: int, num_kv_heads: int) -> KVScales | None:

@@ -1,8 +1,9 @@
 """Memory-mapped safetensors: headers are parsed and checked here, tensors are views of the file.
 
-A file is 8 bytes of little-endian header length, a JSON header, then the data. Nothing is read beyond the header
-until a tensor is asked for, and what is asked for is a read-only view: pages come in when touched and the kernel
-may drop them again, so a checkpoint larger than memory can be walked through.
+A file is 8 bytes of little-endian header length, a JSON header, then the data. Nothing is read
+beyond the header until a tensor is asked for, and what is asked for is a read-only view: pages come
+in when touched and the kernel may drop them again, so a checkpoint larger than memory can be walked
+through.
 
 References:
   https://github.com/huggingface/safetensors#format
@@ -51,7 +52,9 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One entry of a header: dtype as safetensors names it, shape, file, and byte range in the file."""
+    """One entry of a header: dtype as safetensors names it, shape, file, and byte range in the
+    file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -78,8 +81,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             length = int.from_bytes(length_bytes, "little")
             if len(length_bytes) < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(
-                    f"{path} is truncated or no safetensors file: {size} bytes, header length {length}; "
-                    "download it again (a file of about 130 bytes is a git-lfs pointer: run `git lfs pull`)"
+                    f"{path} is truncated or no safetensors file: {size} bytes, header length "
+                    f"{length}; "
+                    "download it again (a file of about 130 bytes is a git-lfs pointer: run `git "
+                    "lfs pull`)"
                 )
             text = f.read(length)
     except OSError as e:
@@ -109,12 +114,14 @@ def _entry(path: Path, name: str, entry: Mapping[str, Any], data_start: int) -> 
     begin, end = (data_start + int(n) for n in entry["data_offsets"])
     if dtype not in DTYPES:
         raise CheckpointError(
-            f"{path}: tensor {name} has dtype {dtype}, which is not known; known are {', '.join(DTYPES)}"
+            f"{path}: tensor {name} has dtype {dtype}, which is not known; known are "
+            f"{', '.join(DTYPES)}"
         )
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if begin < data_start or end - begin != nbytes:
         raise CheckpointError(
-            f"{path}: tensor {name} ({dtype} {shape}) needs {nbytes} bytes, its header gives it {end - begin}; "
+            f"{path}: tensor {name} ({dtype} {shape}) needs {nbytes} bytes, its header gives it "
+            f"{end - begin}; "
             "the file is damaged, download it again"
         )
     return TensorInfo(dtype, shape, path, begin, end)
@@ -124,7 +131,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-      CheckpointError: If the file cannot be read, is not JSON, or holds something else than an object.
+      CheckpointError: If the file cannot be read, is not JSON, or holds something else than an
+        object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -140,8 +148,8 @@ def read_json(path: Path) -> dict[str, Any]:
 class SafetensorsCheckpoint(Mapping[str, np.ndarray]):
     """All tensors of a folder with ``model.safetensors`` or an index and shards, by name.
 
-    Construction reads and checks every header. ``checkpoint[name]`` is a read-only view into the mapped file;
-    ``checkpoint.release(name)`` tells the kernel that its pages are no longer needed.
+    Construction reads and checks every header. ``checkpoint[name]`` is a read-only view into the
+    mapped file; ``checkpoint.release(name)`` tells the kernel that its pages are no longer needed.
     """
 
     def __init__(self, folder: str | Path):
@@ -156,8 +164,8 @@ class SafetensorsCheckpoint(Mapping[str, np.ndarray]):
             return np.zeros(info.shape, dtype)
         count = math.prod(info.shape)
         flat = np.frombuffer(self._map(info.file), np.uint8, info.nbytes, info.begin)
-        # A view as uint8 first: numpy refuses offsets that are not aligned to the item size when it is given them
-        # as a dtype, and the format promises no alignment.
+        # A view as uint8 first: numpy refuses offsets that are not aligned to the item size when
+        # it is given them as a dtype, and the format promises no alignment.
         if info.begin % dtype.itemsize:
             flat = flat.copy()
         return flat.view(dtype)[:count].reshape(info.shape)
@@ -169,7 +177,9 @@ class SafetensorsCheckpoint(Mapping[str, np.ndarray]):
         return len(self.tensors)
 
     def release(self, name: str) -> None:
-        """Drop the pages of a tensor from this process. Views of it stay valid: they are read again when touched."""
+        """Drop the pages of a tensor from this process. Views of it stay valid: they are read again
+        when touched.
+        """
         info = self.tensors[name]
         mapped = self._maps.get(info.file)
         if mapped is None:
@@ -191,7 +201,8 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """Headers of all shards of a folder; the index, if there is one, must agree with them.
 
     Raises:
-      CheckpointError: If there is no safetensors file, a shard is missing or damaged, or index and shards differ.
+      CheckpointError: If there is no safetensors file, a shard is missing or damaged, or index and
+        shards differ.
     """
     index_path = folder / INDEX_FILE
     if not index_path.exists():
@@ -205,10 +216,12 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
             p.name for p in folder.glob("*.pt*")
         )
         if others:
-            why = f"it holds {len(others)} .safetensors files ({', '.join(others[:3])}, ...) without an index"
+            names = ", ".join(others[:3])
+            why = f"it holds {len(others)} .safetensors files ({names}, ...) without an index"
         elif pickled:
             why = (
-                f"it holds pickled weights ({', '.join(pickled[:3])}), which are not read because loading them "
+                f"it holds pickled weights ({', '.join(pickled[:3])}), which are not read because "
+                "loading them "
                 "can run code; convert them to safetensors"
             )
         else:
@@ -229,13 +242,15 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         for name, info in read_header(folder / file).items():
             if name in infos:
                 raise CheckpointError(
-                    f"tensor {name} stands in {infos[name].file.name} and in {file}; remove the stray shard"
+                    f"tensor {name} stands in {infos[name].file.name} and in {file}; remove the "
+                    "stray shard"
                 )
             infos[name] = info
     for name, file in weight_map.items():
         if name not in infos or infos[name].file.name != file:
             where = f"it is in {infos[name].file.name}" if name in infos else "it is in no shard"
             raise CheckpointError(
-                f"{index_path} says that tensor {name} is in {file}, but {where}; download the index and shards again"
+                f"{index_path} says that tensor {name} is in {file}, but {where}; download the "
+                "index and shards again"
             )
     return infos
