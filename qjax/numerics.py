@@ -1,0 +1,133 @@
+"""Casts that saturate, and the scale and zero point of a tile.
+
+What happens to unusual inputs, for every format (tests/test_numerics.py):
+
+============  ==================================================================================
+input         result
+============  ==================================================================================
+zeros         code 0, scale 1 (a tile of zeros has no range of its own); dequantizes to exact 0
+tiny (1e-30)  kept: the scale is small but a normal float32 as long as absmax / bound is; below
+              that the tile counts as zeros
+huge (1e30)   kept: absmax / bound is finite in float32
+inf           saturates to the code of the largest *finite* magnitude of its tile; the scale is
+              computed from the finite values only, so one inf does not ruin its neighbours
+NaN           code 0: a NaN carries no magnitude, and fp8 NaNs would poison whole dot products
+============  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from qjax.formats import QuantFormat
+from qjax.typing import Array, DType
+
+TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+def bound(dtype: DType) -> float:
+    """Largest finite magnitude of a storage type: 7, 127, 448 (e4m3), 57344 (e5m2)."""
+    dtype = jnp.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        return float(jnp.iinfo(dtype).max)
+    return float(jnp.finfo(dtype).max)
+
+
+def cast_saturating(
+    x: Array, dtype: DType, *, lower: float | None = None, upper: float | None = None
+) -> Array:
+    """Cast to a narrow type: round to nearest even, clip to the finite range, NaN becomes 0.
+
+    JAX's own casts overflow to NaN (e4m3) or inf (e5m2), and wrap for integers.
+
+    Args:
+      x: Floating-point values of any shape.
+      dtype: Target type.
+      lower: Smallest result; the type's finite minimum by default.
+      upper: Largest result; the type's finite maximum by default.
+
+    Returns:
+      Values of the same shape in ``dtype``, all finite.
+    """
+    dtype = jnp.dtype(dtype)
+    upper = bound(dtype) if upper is None else upper
+    lower = -bound(dtype) if lower is None else lower
+    x = x.astype(jnp.float32)
+    x = jnp.where(jnp.isnan(x), jnp.float32(0), jnp.clip(x, lower, upper))
+    if jnp.issubdtype(dtype, jnp.integer):
+        # int8 first: XLA's direct float -> int4 conversion is not supported on every backend.
+        return jnp.rint(x).astype(jnp.int8).astype(dtype)
+    return x.astype(dtype)
+
+
+def tile_view(x: Array, tiles: tuple[int, ...], fill: float = 0.0) -> Array:
+    """Reshape ``(d0, d1, ...)`` into ``(ceil(d0/t0), t0, ceil(d1/t1), t1, ...)``.
+
+    A last tile that is cut short is padded with ``fill``.
+    """
+    counts = [-(-size // tile) for size, tile in zip(x.shape, tiles, strict=True)]
+    pad = [(0, n * t - size) for n, t, size in zip(counts, tiles, x.shape, strict=True)]
+    if any(after for _, after in pad):
+        x = jnp.pad(x, pad, constant_values=fill)
+    return x.reshape([extent for pair in zip(counts, tiles, strict=True) for extent in pair])
+
+
+def expand_tiles(scale: Array, shape: tuple[int, ...], tiles: tuple[int, ...]) -> Array:
+    """Repeat one value per tile to one per element (axes of a single tile stay of length one)."""
+    for axis, (size, tile) in enumerate(zip(shape, tiles, strict=True)):
+        if scale.shape[axis] not in (1, size):
+            scale = jnp.repeat(scale, tile, axis=axis)
+            scale = jax.lax.slice_in_dim(scale, 0, size, axis=axis)
+    return scale
+
+
+def tile_reduce(x: Array, tiles: tuple[int, ...]) -> tuple[Array, Array]:
+    """Minimum and maximum of the finite values of every tile, in float32.
+
+    Returns:
+      ``(low, high)``, each with one entry per tile and the rank of ``x``; both 0 where a tile has
+      no finite value. Zero always lies inside the range.
+    """
+    x = x.astype(jnp.float32)
+    x = jnp.where(jnp.isfinite(x), x, jnp.float32(0))
+    view = tile_view(x, tiles)
+    axes = tuple(range(1, view.ndim, 2))
+    zero = jnp.float32(0)
+    return jnp.minimum(view.min(axes), zero), jnp.maximum(view.max(axes), zero)
+
+
+def round_scale(scale: Array, dtype: str) -> Array:
+    """Round a float32 scale to the type it is held in; never to zero, infinity or NaN."""
+    if dtype == "float32":
+        return scale
+    if dtype == "float8_e8m0fnu":
+        # A power of two, rounded up so that the largest value still fits (OCP MX rounds down and
+        # saturates instead).
+        exponent = jnp.clip(jnp.ceil(jnp.log2(scale)), -127.0, 127.0)
+        return jnp.exp2(exponent).astype(jnp.float8_e8m0fnu)
+    info = jnp.finfo(dtype)
+    # The smallest normal, not the smallest subnormal: a subnormal scale has lost its precision.
+    return jnp.clip(scale, float(info.tiny), float(info.max)).astype(dtype)
+
+
+def absmax_scale(low: Array, high: Array, fmt: QuantFormat) -> Array:
+    """Symmetric scale, ``absmax / bound``, in ``fmt.scale_dtype``; 1 for a tile of zeros."""
+    absmax = jnp.maximum(-low, high)
+    scale = absmax / jnp.float32(fmt.bound)
+    scale = jnp.where(scale < TINY, jnp.float32(1), scale)
+    return round_scale(scale, fmt.scale_dtype)
+
+
+def minmax_scale(low: Array, high: Array, fmt: QuantFormat) -> tuple[Array, Array]:
+    """Asymmetric scale and zero point: ``[low, high]`` is spread over all ``2**bits`` codes.
+
+    Returns:
+      ``(scale, zero_point)``: scale in ``fmt.scale_dtype``, zero point int8 in ``[qmin, qmax]``,
+      so that 0.0 is represented exactly.
+    """
+    # Halves first: high - low may overflow when both are near the float32 limits.
+    scale = (high / 2 - low / 2) / jnp.float32((fmt.qmax - fmt.qmin) / 2)
+    scale = round_scale(jnp.where(scale < TINY, jnp.float32(1), scale), fmt.scale_dtype)
+    zero_point = jnp.rint(jnp.float32(fmt.qmin) - low / scale.astype(jnp.float32))
+    return scale, jnp.clip(zero_point, fmt.qmin, fmt.qmax).astype(jnp.int8)

@@ -1,0 +1,1 @@
+"""Operations on quantized arrays: one public function each, with a ``backend=`` argument."""

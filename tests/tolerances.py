@@ -1,0 +1,24 @@
+"""Every tolerance used in the tests, with its reason.
+
+Errors are relative Frobenius errors ``|out - ref| / |ref|`` unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+F32_SUM = 2e-6
+"""Same float32 operands, other summation order: sqrt(k) * 2**-24 for k up to 1,000, doubled."""
+
+BF16_OUTPUT = 2.5e-3
+"""One rounding of the result to bfloat16: uniform in +-2**-9 relative, 1.65e-3 mean square."""
+
+BF16_OPERANDS = 5e-3
+"""Operands rounded to bfloat16 (1.65e-3 each) and the result as well."""
+
+
+def relative_error(out: object, ref: object) -> float:
+    """``|out - ref| / |ref|`` in float64; NaN never passes a ``<`` comparison."""
+    out64, ref64 = np.asarray(out, np.float64), np.asarray(ref, np.float64)
+    assert out64.shape == ref64.shape, (out64.shape, ref64.shape)
+    return float(np.linalg.norm(out64 - ref64) / max(float(np.linalg.norm(ref64)), 1e-30))
