@@ -1,0 +1,240 @@
+"""The decoder of the Llama family: Llama 2 to 3.2, Mistral, Qwen2, Qwen2.5 and Qwen3.
+
+These differ only in what ``ModelConfig`` says: biases, normalised queries and keys, sliding
+windows, rotary scaling, tied embeddings. Layers are unrolled, not scanned: a scan slices the
+stacked weights and the cache, and XLA copies the slices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qjax.kv_cache import QuantizedKVCache
+from qjax.models.config import ModelConfig
+from qjax.nn import Attention, GatedMLP, QuantDense, RMSNorm
+from qjax.nn.layers import Taps
+
+
+class DecoderLayer(nn.Module):
+    """One transformer block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
+
+    Attributes:
+      config: The model.
+      layer: Index of the layer.
+      dtype: Compute dtype.
+      param_dtype: Dtype of freshly initialised parameters.
+      dot_backend: Passed to ``quantized_dot``.
+      attention_backend: Passed to ``paged_attention``.
+    """
+
+    config: ModelConfig
+    layer: int
+    dtype: Any = jnp.bfloat16
+    param_dtype: Any = jnp.float32
+    dot_backend: str | None = None
+    attention_backend: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        cache: QuantizedKVCache | None = None,
+        slots: jax.Array | None = None,
+        valid: jax.Array | None = None,
+    ) -> tuple[jax.Array, QuantizedKVCache | None, Taps]:
+        """Apply the block.
+
+        Args:
+          x: ``(b, t, hidden)``.
+          positions: int32 ``(b, t)``.
+          cache: KV cache, or None to attend over these tokens only.
+          slots: int32 ``(b,)``, cache slot of each sequence.
+          valid: bool ``(b, t)``, False for padding.
+
+        Returns:
+          ``(b, t, hidden)``, the new cache, and taps: the input of every linear layer under its
+          name in the block (``"self_attn/q_proj"``, ``"mlp/down_proj"``, ...), and the keys and
+          values under ``"self_attn/keys"`` and ``"self_attn/values"``. Taps which are not used
+          cost nothing under jit.
+        """
+        c = self.config
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        # Projections back into the residual stream start smaller (GPT-2), so that its variance
+        # does not grow with depth.
+        out_init_std = 0.02 / (2 * c.num_layers) ** 0.5
+        h = RMSNorm(c.rms_norm_eps, name="input_layernorm", **dtypes)(x)
+        attn = Attention(
+            layer=self.layer,
+            num_q_heads=c.num_q_heads,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            rope_theta=c.rope_theta,
+            rope_scaling=c.rope_scaling,
+            window=c.layer_windows[self.layer],
+            use_bias=c.attention_bias,
+            use_out_bias=c.attention_out_bias,
+            qk_norm=c.qk_norm,
+            norm_eps=c.rms_norm_eps,
+            out_init_std=out_init_std,
+            dot_backend=self.dot_backend,
+            attention_backend=self.attention_backend,
+            name="self_attn",
+            **dtypes,
+        )
+        h, cache, attn_taps = attn(h, positions, cache, slots, valid)
+        x = x + h
+        h = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm", **dtypes)(x)
+        mlp = GatedMLP(
+            c.intermediate_size,
+            use_bias=c.mlp_bias,
+            out_init_std=out_init_std,
+            backend=self.dot_backend,
+            name="mlp",
+            **dtypes,
+        )
+        h, mlp_taps = mlp(h)
+        taps = {f"self_attn/{k}": v for k, v in attn_taps.items()}
+        taps |= {f"mlp/{k}": v for k, v in mlp_taps.items()}
+        return x + h, cache, taps
+
+
+class Embedding(nn.Module):
+    """Token embedding ``(vocab, hidden)``; also the output projection of models that tie them."""
+
+    vocab_size: int
+    features: int
+    dtype: Any = jnp.bfloat16
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``(b, t)`` to ``(b, t, hidden)``, and the table. Ids outside the vocabulary give NaN."""
+        shape = (self.vocab_size, self.features)
+        table = self.param("embedding", nn.initializers.normal(0.02), shape, self.param_dtype)
+        return jnp.take(table, tokens, axis=0).astype(self.dtype), table
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm: what a checkpoint calls ``model``."""
+
+    config: ModelConfig
+    dtype: Any = jnp.bfloat16
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+    dot_backend: str | None = None
+    attention_backend: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: QuantizedKVCache | None,
+        slots: jax.Array | None,
+        valid: jax.Array | None,
+        logits_at: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, QuantizedKVCache | None]:
+        """Final hidden states ``(b, t or 1, hidden)``, the embedding table, and the new cache."""
+        c = self.config
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embed = Embedding(c.vocab_size, c.hidden_size, name="embed_tokens", **dtypes)
+        x, table = embed(tokens)
+        block = nn.remat(DecoderLayer) if self.remat else DecoderLayer
+        for i in range(c.num_layers):
+            layer = block(
+                config=c,
+                layer=i,
+                dot_backend=self.dot_backend,
+                attention_backend=self.attention_backend,
+                name=f"layers_{i}",
+                **dtypes,
+            )
+            x, cache, _ = layer(x, positions, cache, slots, valid)
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
+        return RMSNorm(c.rms_norm_eps, name="norm", **dtypes)(x), table, cache
+
+
+class Decoder(nn.Module):
+    """A causal language model.
+
+    ``Decoder(config).init(key, tokens)`` makes trainable parameters and
+    ``Decoder(config).apply({"params": params}, tokens, ...)`` runs it; kernels in ``params`` may be
+    ``QuantizedArray``.
+
+    Attributes:
+      config: The model.
+      dtype: Compute dtype; norms, rotary angles, softmax, accumulation and logits are float32.
+      param_dtype: Dtype of freshly initialised parameters.
+      remat: Recompute layers in the backward pass instead of keeping their activations.
+      dot_backend: Passed to ``quantized_dot``.
+      attention_backend: Passed to ``paged_attention``.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.bfloat16
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+    dot_backend: str | None = None
+    attention_backend: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        cache: QuantizedKVCache | None = None,
+        slots: jax.Array | None = None,
+        valid: jax.Array | None = None,
+        *,
+        logits_at: jax.Array | None = None,
+    ) -> tuple[jax.Array, QuantizedKVCache | None]:
+        """Next-token logits.
+
+        Args:
+          tokens: int32 ``(b, t)``.
+          positions: int32 ``(b, t)``; None counts from 0 in every row.
+          cache: KV cache to extend and attend over; None attends over these tokens only.
+          slots: int32 ``(b,)``, cache slot of each row; None is ``arange(b)``.
+          valid: bool ``(b, t)``, False for padding; None means no padding.
+          logits_at: int32 ``(b,)``: index along ``t`` of the only position whose logits are wanted.
+
+        Returns:
+          float32 logits ``(b, t, vocab)``, or ``(b, vocab)`` with ``logits_at``; and the new cache.
+        """
+        c = self.config
+        b, t = tokens.shape
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None, :], (b, t))
+        if cache is not None:
+            slots = jnp.arange(b, dtype=jnp.int32) if slots is None else slots
+            valid = jnp.ones((b, t), bool) if valid is None else valid
+        common: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        backbone = Backbone(
+            c,
+            remat=self.remat,
+            dot_backend=self.dot_backend,
+            attention_backend=self.attention_backend,
+            name="model",
+            **common,
+        )
+        x, table, cache = backbone(tokens, positions, cache, slots, valid, logits_at)
+        if c.tie_word_embeddings:
+            dims = (((2,), (1,)), ((), ()))
+            table = table.astype(self.dtype)
+            logits = jax.lax.dot_general(x, table, dims, preferred_element_type=jnp.float32)
+        else:
+            head = QuantDense(
+                c.vocab_size,
+                out_dtype=jnp.float32,
+                backend=self.dot_backend,
+                name="lm_head",
+                **common,
+            )
+            logits = head(x)
+        return (logits if logits_at is None else logits[:, 0]), cache

@@ -1,0 +1,128 @@
+"""Grouped-query self-attention, with or without a KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qjax.kv_cache import QuantizedKVCache
+from qjax.nn.layers import QuantDense, RMSNorm, Taps
+from qjax.nn.rotary import RopeScaling, apply_rotary
+from qjax.ops.attention import attention, paged_attention
+from qjax.ops.kv import append
+
+
+class Attention(nn.Module):
+    """Causal self-attention of one decoder layer.
+
+    Attributes:
+      layer: Index of the layer in the cache.
+      num_q_heads: Query heads.
+      num_kv_heads: Key/value heads; divides ``num_q_heads``.
+      head_dim: Features per head.
+      rope_theta: Base of the rotary wavelengths.
+      rope_scaling: Context extension, or None.
+      window: Sliding window in tokens, or None for full attention.
+      use_bias: Biases on q, k and v.
+      use_out_bias: Bias on the output projection.
+      qk_norm: RMS normalisation of each query and key head before rotation.
+      norm_eps: Epsilon of that normalisation.
+      dtype: Compute dtype.
+      param_dtype: Dtype of freshly initialised parameters.
+      out_init_std: Standard deviation of a freshly initialised output projection.
+      dot_backend: Passed to ``quantized_dot``.
+      attention_backend: Passed to ``paged_attention``.
+    """
+
+    layer: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    window: int | None = None
+    use_bias: bool = False
+    use_out_bias: bool = False
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    dtype: Any = jnp.bfloat16
+    param_dtype: Any = jnp.float32
+    out_init_std: float = 0.02
+    dot_backend: str | None = None
+    attention_backend: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        cache: QuantizedKVCache | None = None,
+        slots: jax.Array | None = None,
+        valid: jax.Array | None = None,
+    ) -> tuple[jax.Array, QuantizedKVCache | None, Taps]:
+        """Attend over the given tokens, or over the cache after adding them to it.
+
+        Args:
+          x: ``(b, t, hidden)``.
+          positions: int32 ``(b, t)``.
+          cache: KV cache; None to attend over the ``t`` tokens only, in their order.
+          slots: int32 ``(b,)``, the cache slot of each sequence; needed with a cache.
+          valid: bool ``(b, t)``; padding is False. Needed with a cache, None means all without one.
+
+        Returns:
+          ``(b, t, hidden)``, the new cache, and the inputs of the four linear layers together with
+          the keys and values as they enter the cache, ``(b, t, num_kv_heads, head_dim)``.
+        """
+        b, t, hidden_size = x.shape
+        common: dict[str, Any] = {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "backend": self.dot_backend,
+        }
+
+        def project(name: str, heads: int) -> jax.Array:
+            dense = QuantDense(heads * self.head_dim, use_bias=self.use_bias, name=name, **common)
+            return dense(x).reshape(b, t, heads, self.head_dim)
+
+        q = project("q_proj", self.num_q_heads)
+        k = project("k_proj", self.num_kv_heads)
+        v = project("v_proj", self.num_kv_heads)
+        if self.qk_norm:
+            q = RMSNorm(self.norm_eps, self.dtype, self.param_dtype, name="q_norm")(q)
+            k = RMSNorm(self.norm_eps, self.dtype, self.param_dtype, name="k_norm")(k)
+        q = apply_rotary(q, positions, self.rope_theta, self.rope_scaling)
+        k = apply_rotary(k, positions, self.rope_theta, self.rope_scaling)
+
+        scale = self.head_dim**-0.5
+        if cache is None:
+            mask = None if valid is None else valid[:, None, :] & jnp.ones((1, t, 1), bool)
+            out = attention(q, k, v, scale=scale, window=self.window, mask=mask)
+        else:
+            if slots is None or valid is None:
+                raise ValueError("attention over a cache needs slots and valid")
+            cache = append(cache, self.layer, k, v, positions, slots, valid)
+            lengths = jnp.max(jnp.where(valid, positions + 1, 0), axis=1)
+            out = paged_attention(
+                q,
+                cache,
+                self.layer,
+                positions,
+                slots,
+                lengths,
+                scale=scale,
+                window=self.window,
+                backend=self.attention_backend,
+            )
+        out = out.reshape(b, t, self.num_q_heads * self.head_dim)
+        o_proj = QuantDense(
+            hidden_size,
+            use_bias=self.use_out_bias,
+            init_std=self.out_init_std,
+            name="o_proj",
+            **common,
+        )
+        taps = {"q_proj": x, "k_proj": x, "v_proj": x, "o_proj": out, "keys": k, "values": v}
+        return o_proj(out), cache, taps
