@@ -33,6 +33,7 @@ from qjax.formats import W8A8_FP8_BLOCK as W8A8_FP8_BLOCK
 from qjax.formats import W8A8_INT8 as W8A8_INT8
 from qjax.formats import QuantFormat as QuantFormat
 from qjax.formats import parse_format as parse_format
+from qjax.ops.dot import quantized_dot as quantized_dot
 from qjax.quantize import dequantize as dequantize
 from qjax.quantize import dequantize_tree as dequantize_tree
 from qjax.quantize import fake_quantize as fake_quantize
