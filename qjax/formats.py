@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-_INT_BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
+_INT_BITS = {f"int{bits}": bits for bits in range(2, 9)}
 _FLOAT_BITS = {"float8_e4m3fn": 8, "float8_e5m2": 8, "float4_e2m1fn": 4}
 _GRANULARITIES = ("tensor", "channel", "group", "block", "token")
 _SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu")
@@ -23,9 +23,9 @@ class QuantFormat:
     """How an array is quantized.
 
     Attributes:
-      qtype: Stored type: ``int2``, ``int3``, ``int4``, ``int8``, ``float8_e4m3fn``, ``float8_e5m2``
-        or ``float4_e2m1fn``. Two- and three-bit codes are held in int4 (XLA has no usable narrower
-        type on every device); checkpoints store them at their own width.
+      qtype: Stored type: ``int2`` to ``int8``, ``float8_e4m3fn``, ``float8_e5m2`` or
+        ``float4_e2m1fn``. Integers are held in int4 or int8, whichever they fit in (XLA has no
+        other usable type on every device); checkpoints store them at their own width.
       granularity: The tile that shares one scale: ``tensor`` (the two axes of the matrix),
         ``channel`` (one per output feature), ``group`` (``group_size`` elements along the
         contraction axis), ``block`` (2-D), or ``token`` (activations: one per row).
@@ -87,6 +87,10 @@ class QuantFormat:
         return self.qtype in _FLOAT_BITS
 
     @property
+    def is_int(self) -> bool:
+        return not self.is_float
+
+    @property
     def bits(self) -> int:
         """Bits per stored code, without scales."""
         return _FLOAT_BITS[self.qtype] if self.is_float else _INT_BITS[self.qtype]
@@ -94,8 +98,9 @@ class QuantFormat:
     @property
     def storage_dtype(self) -> Any:
         """The jnp dtype in which codes are held in memory."""
-        name = "int4" if self.qtype in ("int2", "int3") else self.qtype
-        return jnp.dtype(name)
+        if self.is_float:
+            return jnp.dtype(self.qtype)
+        return jnp.dtype("int4" if self.bits <= 4 else "int8")
 
     @property
     def qmin(self) -> float:
