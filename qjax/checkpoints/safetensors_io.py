@@ -149,16 +149,18 @@ class SafetensorsCheckpoint(Mapping[str, np.ndarray]):
     """All tensors of a folder with ``model.safetensors`` or an index and shards, by name.
 
     Construction reads and checks every header. ``checkpoint[name]`` is a read-only view into the
-    mapped file; ``checkpoint.release(name)`` tells the kernel that its pages are no longer needed.
+    mapped file, whose pages ``release`` drops again.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.tensors = read_headers(self.folder)
         self._maps: dict[Path, mmap.mmap] = {}
+        self._touched: set[str] = set()
 
     def __getitem__(self, name: str) -> np.ndarray:
         info = self.tensors[name]
+        self._touched.add(name)
         dtype = DTYPES[info.dtype]
         if info.nbytes == 0:
             return np.zeros(info.shape, dtype)
@@ -176,11 +178,16 @@ class SafetensorsCheckpoint(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def release(self, name: str) -> None:
-        """Drop the pages of a tensor from this process. Views of it stay valid: they are read again
-        when touched.
+    def release(self) -> None:
+        """Drop the pages of all tensors handed out so far from this process.
+
+        Their views stay valid: pages are read from the file again when touched.
         """
-        info = self.tensors[name]
+        for name in self._touched:
+            self._release(self.tensors[name])
+        self._touched.clear()
+
+    def _release(self, info: TensorInfo) -> None:
         mapped = self._maps.get(info.file)
         if mapped is None:
             return

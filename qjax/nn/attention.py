@@ -98,7 +98,7 @@ class Attention(nn.Module):
 
         scale = self.head_dim**-0.5
         if cache is None:
-            mask = None if valid is None else valid[:, None, :] & jnp.ones((1, t, 1), bool)
+            mask = None if valid is None else jnp.broadcast_to(valid[:, None, :], (b, t, t))
             out = attention(q, k, v, scale=scale, window=self.window, mask=mask)
         else:
             if slots is None or valid is None:

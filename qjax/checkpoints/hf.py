@@ -1,0 +1,261 @@
+"""Load Hugging Face checkpoints tensor by tensor, quantizing each one as it arrives.
+
+Order of work: config, headers and tokenizer are read and checked first, so that every mistake in
+the files is found before a weight is touched. Then each tensor is mapped, handed to the device,
+transposed (and quantized) by one jitted function, and its pages are released. Host memory stays at
+the result plus one tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from tqdm import tqdm
+
+from qjax.checkpoints.errors import CheckpointError
+from qjax.checkpoints.layout import Leaf, check_tensors, model_leaves
+from qjax.checkpoints.quantized import find_reader
+from qjax.checkpoints.reader import KVScales, QuantizedReader
+from qjax.checkpoints.safetensors_io import SafetensorsCheckpoint, read_json
+from qjax.formats import QuantFormat
+from qjax.models.config import ModelConfig
+from qjax.models.decoder import Decoder
+from qjax.quantize import match_rules, quantize
+from qjax.quantized_array import QuantizedArray
+from qjax.tokenizer import Tokenizer
+
+Rules = Mapping[str, QuantFormat | None]
+Place = Callable[[str, Any], Any]
+"""Parameter path and value to the value on the devices where it shall live."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run: ``module.apply({"params": params}, tokens, ...)``.
+
+    Attributes:
+      config: What was read from config.json.
+      module: The decoder in the compute dtype.
+      params: Parameters; kernels may be ``QuantizedArray``.
+      folder: Where the checkpoint lies.
+      method: How its weights were quantized in the file (the reader's name), or None.
+      tokenizer: None where the folder has no tokenizer.json.
+      kv_scales: Static KV cache scales of the checkpoint, or None.
+    """
+
+    config: ModelConfig
+    module: Decoder
+    params: dict[str, Any]
+    folder: Path
+    method: str | None
+    tokenizer: Tokenizer | None
+    kv_scales: KVScales | None
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+          CheckpointError: If the folder has none.
+        """
+        if self.tokenizer is None:
+            raise CheckpointError(
+                f"{self.folder} has no tokenizer.json; download it, or convert tokenizer.model "
+                "with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+            )
+        return self.tokenizer
+
+
+def load_model(
+    path: str | Path,
+    *,
+    quantization: QuantFormat | None = None,
+    skip: str | None = None,
+    rules: Rules | None = None,
+    dtype: Any = None,
+    place: Place | None = None,
+    ignore_keys: Collection[str] = (),
+    revision: str | None = None,
+    progress: bool = True,
+) -> LoadedModel:
+    """Load a checkpoint folder or a model of the Hugging Face hub.
+
+    Args:
+      path: Folder, or a hub id such as ``"Qwen/Qwen3-8B"`` (downloaded, cached).
+      quantization: Format for the kernels of all linear layers but ``lm_head``; None keeps them.
+      skip: Regular expression on parameter paths (``model/layers_0/mlp/down_proj/kernel``, matched
+        in full) of kernels to leave as they are, beyond ``lm_head``.
+      rules: Regular expression on parameter paths to the format of those kernels, or None to leave
+        them; the first match wins, before ``quantization``. The way to quantize ``lm_head`` too.
+      dtype: Compute dtype, and type of what is not quantized (norm weights stay float32); by
+        default the one the checkpoint was saved in.
+      place: Puts each parameter where it shall live, as soon as it is read; see
+        ``qjax.models.sharding.placer``. By default the default device.
+      ignore_keys: Unknown keys of config.json which do not change the computation.
+      revision: Branch, tag or commit on the hub.
+      progress: Show a progress bar on standard error.
+
+    Returns:
+      The model. A checkpoint that is quantized already keeps its stored codes and scales.
+
+    Raises:
+      CheckpointError: If files are missing, damaged or do not fit the config; before weights are
+        read.
+      ValueError: If the config asks for something not implemented, or a rule matches nothing.
+    """
+    folder = resolve_folder(path, revision)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} has no config.json; download it beside the weights")
+    raw_config = read_json(folder / "config.json")
+    config = ModelConfig.from_hf(raw_config, ignore_keys=ignore_keys)
+    config = _with_generation_config(folder, config)
+    checkpoint = SafetensorsCheckpoint(folder)
+    reader = find_reader(folder, raw_config, checkpoint.tensors)
+    leaves = model_leaves(config)
+    formats = _choose_formats(leaves, reader, quantization, skip, rules)
+    check_tensors(config, leaves, checkpoint, reader)
+    tokenizer = _load_tokenizer(folder)
+
+    compute_dtype = jnp.dtype(config.dtype if dtype is None else dtype)
+    params: dict[tuple[str, ...], Any] = {}
+    for leaf in tqdm(leaves, desc=f"loading {folder.name}", disable=not progress, unit="tensor"):
+        fmt = formats.get(leaf.path)
+        value = _read_leaf(leaf, checkpoint, reader, fmt, compute_dtype)
+        if place is not None:
+            value = place(leaf.path, value)
+        # One tensor at a time: without waiting, jax would queue reads and keep all their inputs.
+        params[tuple(leaf.path.split("/"))] = jax.block_until_ready(value)
+        checkpoint.release()
+    scales = None
+    if reader is not None:
+        scales = reader.kv_scales(checkpoint.__getitem__, config.num_layers, config.num_kv_heads)
+    return LoadedModel(
+        config=config,
+        module=Decoder(config, dtype=compute_dtype),
+        params=unflatten_dict(params),
+        folder=folder,
+        method=None if reader is None else reader.name,
+        tokenizer=tokenizer,
+        kv_scales=scales,
+    )
+
+
+def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a path or hub id, downloading it if needed.
+
+    Raises:
+      CheckpointError: If it is neither a folder nor a model that can be downloaded.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file; give the folder of the checkpoint")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise CheckpointError(f"{path} does not exist; give a folder or a hub id such as org/name")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+    except Exception as e:  # the hub client raises types of its own, of requests and of httpx
+        raise CheckpointError(
+            f"{path} is no local folder and could not be downloaded from the Hugging Face hub "
+            f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}); check "
+            "the "
+            "name and the network, log in for gated models, or download it elsewhere"
+        ) from e
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer | None:
+    if not (folder / "tokenizer.json").exists():
+        return None
+    try:
+        return Tokenizer.from_folder(folder)
+    except ValueError as e:
+        raise CheckpointError(str(e)) from e
+
+
+def _with_generation_config(folder: Path, config: ModelConfig) -> ModelConfig:
+    """Chat models list all ids that end a turn in generation_config.json only."""
+    path = folder / "generation_config.json"
+    eos = read_json(path).get("eos_token_id") if path.exists() else None
+    if eos is None:
+        return config
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(ids)))
+
+
+def _choose_formats(
+    leaves: list[Leaf],
+    reader: QuantizedReader | None,
+    quantization: QuantFormat | None,
+    skip: str | None,
+    rules: Rules | None,
+) -> dict[str, QuantFormat | None]:
+    asked = {"quantization": quantization, "skip": skip, "rules": rules}
+    given = [name for name, value in asked.items() if value is not None]
+    if reader is not None and given:
+        raise ValueError(
+            f"the checkpoint is quantized already ({reader.name}); load it without {given[0]}, or "
+            "load the unquantized checkpoint"
+        )
+    if skip is not None and quantization is None and not rules:
+        raise ValueError(f"{skip=} without a quantization leaves nothing to skip; give both")
+    ordered: dict[str, QuantFormat | None] = {}
+    if skip is not None:
+        ordered[skip] = None
+    for pattern, fmt in (rules or {}).items():
+        ordered.setdefault(pattern, fmt)
+    kernels = [leaf.path for leaf in leaves if leaf.is_kernel]
+    if quantization is not None:
+        if "lm_head/kernel" in kernels:
+            ordered.setdefault("lm_head/kernel", None)
+        ordered.setdefault(".*/kernel", quantization)
+    return match_rules(kernels, ordered)
+
+
+def _read_leaf(
+    leaf: Leaf,
+    checkpoint: SafetensorsCheckpoint,
+    reader: QuantizedReader | None,
+    fmt: QuantFormat | None,
+    dtype: Any,
+) -> Any:
+    if leaf.is_kernel and reader is not None and reader.is_quantized(leaf.layer):
+        k, n = leaf.shape
+        value = reader.read(leaf.layer, checkpoint.__getitem__, (k, n), dtype)
+        if value.shape != leaf.shape:
+            raise CheckpointError(
+                f"{reader.name}: {leaf.layer} was read as {value.shape}, the model needs "
+                f"{leaf.shape}"
+            )
+        return value
+    stored_under_alias = leaf.alias is not None and leaf.name not in checkpoint
+    array = checkpoint[leaf.alias if stored_under_alias else leaf.name]
+    if leaf.is_norm:
+        dtype = jnp.dtype(jnp.float32)
+    if leaf.is_kernel and fmt is not None:
+        return _quantize_weight(array, fmt, dtype)
+    if array.dtype == dtype and not leaf.is_kernel:
+        # Copied: on CPU jax would otherwise keep a view of the mapped file.
+        return jnp.array(array, copy=True)
+    return _convert(array, dtype, leaf.is_kernel)
+
+
+@functools.partial(jax.jit, static_argnames=("fmt", "dtype"))
+def _quantize_weight(weight: jax.Array, fmt: QuantFormat, dtype: Any) -> QuantizedArray:
+    # From the stored dtype, not from the compute dtype: one rounding fewer.
+    return quantize(weight.T, fmt, axis=-2, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "transpose"))
+def _convert(weight: jax.Array, dtype: Any, transpose: bool) -> jax.Array:
+    return (weight.T if transpose else weight).astype(dtype)
