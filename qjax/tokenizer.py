@@ -46,6 +46,8 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._added = tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(id for id, token in self._added.items() if token.special)
         self._special_tokens = dict(special_tokens or {})
         for key, token in (("bos_token", bos_token), ("eos_token", eos_token)):
             if token is not None:
@@ -97,11 +99,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids. Bytes that form no character become U+FFFD."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        # The library's own skipping misses special tokens that its normalizer rewrites (Llama 2).
+        kept = [i for i in ids if not (skip_special_tokens and i in self._special_ids)]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
 
     def token(self, id: int) -> str | None:
         """How one id is spelt in the vocabulary; None if there is no such id."""
-        return self._tokenizer.id_to_token(id)
+        return self._added[id].content if id in self._added else self._tokenizer.id_to_token(id)
 
     def stream(self, context: Sequence[int] = (), **kwargs: bool) -> TokenStream:
         """Incremental decoding of tokens that follow ``context`` (the prompt)."""
@@ -131,8 +135,9 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError(
-                "this tokenizer has no chat template (no chat_template in tokenizer_config.json, no "
-                "chat_template.jinja); send a plain prompt, or set tokenizer.chat_template"
+                "this tokenizer has no chat template (neither chat_template in "
+                "tokenizer_config.json nor chat_template.jinja); send a plain prompt, or set "
+                "tokenizer.chat_template"
             )
         if not messages:
             raise ValueError("messages is empty; at least one message is needed")
