@@ -9,8 +9,8 @@ zeros         code 0, scale 1 (a tile of zeros has no range of its own); dequant
 tiny (1e-30)  kept: the scale is small but a normal float32 as long as absmax / bound is; below
               that the tile counts as zeros
 huge (1e30)   kept: absmax / bound is finite in float32
-inf           saturates to the code of the largest *finite* magnitude of its tile; the scale is
-              computed from the finite values only, so one inf does not ruin its neighbours
+inf           saturates to the end of its tile's *finite* range on its side; the scale is computed
+              from the finite values only, so one inf does not ruin its neighbours
 NaN           code 0: a NaN carries no magnitude, and fp8 NaNs would poison whole dot products
 ============  ==================================================================================
 """

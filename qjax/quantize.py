@@ -5,6 +5,7 @@ Calibrated methods (GPTQ, AWQ, ...) return the same ``QuantizedArray`` with bett
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -87,16 +88,24 @@ def quantize(
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"only floating-point arrays are quantized; got {x.dtype}")
-    if scale is None:
-        if zero_point is not None:
-            raise ValueError("zero_point was given without scale; give both or neither")
-        scale, zero_point = compute_scale(x, fmt, axis=axis)
-    elif scale.ndim != x.ndim:
+    if scale is None and zero_point is not None:
+        raise ValueError("zero_point was given without scale; give both or neither")
+    if scale is not None and scale.ndim != x.ndim:
         raise ValueError(f"{scale.shape=} must have the rank of x, {x.shape}")
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    return _quantize(x, scale, zero_point, fmt, axis, dtype)
+
+
+# Jitted as a whole: called eagerly on a large weight, the separate operations would each hold a
+# float32 copy of it.
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _quantize(
+    x: Array, scale: Array | None, zero_point: Array | None, fmt: QuantFormat, axis: int, dtype: Any
+) -> QuantizedArray:
+    if scale is None:
+        scale, zero_point = compute_scale(x, fmt, axis=axis)
     qvalue = encode(x, scale, zero_point, fmt, fmt.tiles(x.shape, axis))
-    return QuantizedArray.make(
-        qvalue, scale, fmt, zero_point=zero_point, dtype=x.dtype if dtype is None else dtype
-    )
+    return QuantizedArray.make(qvalue, scale, fmt, zero_point=zero_point, dtype=dtype)
 
 
 def dequantize(x: QuantizedArray | Array, dtype: DType | None = None) -> Array:

@@ -152,14 +152,19 @@ class QuantizedArray:
         Args:
           dtype: Result type; ``self.dtype`` by default.
         """
-        x = self.qvalue.astype(jnp.float32)
-        tiles = self.tiles
-        if self.zero_point is not None:
-            x = x - expand_tiles(self.zero_point.astype(jnp.float32), self.shape, tiles)
-        x = x * expand_tiles(self.effective_scale(), self.shape, tiles)
-        if self.perm is not None:
-            x = jnp.take(x, jnp.argsort(self.perm), axis=-2)
-        return x.astype(self.dtype if dtype is None else dtype)
+        return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _dequantize(q: QuantizedArray, dtype: Any) -> Array:
+    x = q.qvalue.astype(jnp.float32)
+    tiles = q.tiles
+    if q.zero_point is not None:
+        x = x - expand_tiles(q.zero_point.astype(jnp.float32), q.shape, tiles)
+    x = x * expand_tiles(q.effective_scale(), q.shape, tiles)
+    if q.perm is not None:
+        x = jnp.take(x, jnp.argsort(q.perm), axis=-2)
+    return x.astype(dtype)
 
 
 def _infer_tiles(

@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
@@ -39,6 +40,15 @@ def shared_data() -> pathlib.Path:
     if folder is None:
         pytest.skip("needs the shared model data: set QJAX_SHARED_DATA to its folder")
     return folder
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that differ from test to test and are the same in every run.
+
+    NumPy's, because ``jax.random`` compiles a program for every new shape.
+    """
+    return np.random.default_rng(sum(request.node.name.encode()))
 
 
 @pytest.fixture
