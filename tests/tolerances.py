@@ -16,6 +16,10 @@ BF16_OUTPUT = 2.5e-3
 BF16_OPERANDS = 5e-3
 """Operands rounded to bfloat16 (1.65e-3 each) and the result as well."""
 
+F32_LOGITS = 1e-4
+"""Largest difference of float32 logits of a whole model from another implementation: some 1e2
+roundings of 2**-24 on activations and logits of magnitude 10."""
+
 
 def relative_error(out: object, ref: object) -> float:
     """``|out - ref| / |ref|`` in float64; NaN never passes a ``<`` comparison."""

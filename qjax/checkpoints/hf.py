@@ -238,8 +238,7 @@ def _read_leaf(
                 f"{leaf.shape}"
             )
         return value
-    stored_under_alias = leaf.alias is not None and leaf.name not in checkpoint
-    array = checkpoint[leaf.alias if stored_under_alias else leaf.name]
+    array = checkpoint[leaf.stored_name(checkpoint)]
     if leaf.is_norm:
         dtype = jnp.dtype(jnp.float32)
     if leaf.is_kernel and fmt is not None:

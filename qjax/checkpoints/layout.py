@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 
 import jax
@@ -27,14 +28,14 @@ _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 class Leaf:
     """One parameter: its path in the tree, its shape there, and its name in the checkpoint.
 
-    ``alias`` is a second name under which the tensor may stand: a tied embedding is stored as
-    ``lm_head.weight`` by some writers.
+    ``alias`` is a second name under which the tensor may stand, or ``name`` again: a tied embedding
+    is stored as ``lm_head.weight`` by some writers.
     """
 
     path: str
     shape: tuple[int, ...]
     name: str
-    alias: str | None = None
+    alias: str
 
     @property
     def is_kernel(self) -> bool:
@@ -49,6 +50,10 @@ class Leaf:
     def layer(self) -> str:
         """Checkpoint name of the module it belongs to."""
         return self.name.rpartition(".")[0]
+
+    def stored_name(self, names: Container[str]) -> str:
+        """The name under which a checkpoint with these names holds it; ``name`` if none does."""
+        return self.alias if self.alias in names and self.name not in names else self.name
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -75,7 +80,8 @@ def model_leaves(config: ModelConfig) -> list[Leaf]:
     for key_path, value in jax.tree_util.tree_flatten_with_path(shapes)[0]:
         path = path_string(key_path)
         tied = config.tie_word_embeddings and path == "model/embed_tokens/embedding"
-        leaves.append(Leaf(path, value.shape, hf_name(path), "lm_head.weight" if tied else None))
+        name = hf_name(path)
+        leaves.append(Leaf(path, value.shape, name, "lm_head.weight" if tied else name))
     return leaves
 
 
@@ -96,10 +102,9 @@ def check_tensors(
             k, n = leaf.shape
             expected.update(reader.expected(leaf.layer, (k, n)))
         else:
-            name = leaf.name
-            if name not in checkpoint and leaf.alias is not None and leaf.alias in checkpoint:
-                name = leaf.alias
-            expected[name] = ExpectedTensor(leaf.stored_shape, _FLOAT_DTYPES)
+            expected[leaf.stored_name(checkpoint)] = ExpectedTensor(
+                leaf.stored_shape, _FLOAT_DTYPES
+            )
 
     spare = set() if reader is None else set(reader.kv_scale_names(config.num_layers))
     extra = [n for n in checkpoint if n not in expected and n not in spare]
