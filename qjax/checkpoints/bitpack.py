@@ -1,4 +1,4 @@
-"""Dense bit packing: codes of 2, 3, 4 or 8 bits in integer words, least significant bit first.
+"""Dense bit packing: codes of 2 to 8 bits in integer words, least significant bit first.
 
 Along the packed axis, element ``j`` of ``b`` bits occupies bits ``j*b .. j*b+b-1`` of one bit
 stream, and bit ``i`` of the stream is bit ``i % width`` of word ``i // width``. Nothing is skipped
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
 def packed_size(size: int, bits: int, word_bits: int = 32) -> int:
@@ -28,7 +29,7 @@ def unpack(words: np.ndarray, bits: int, *, size: int, axis: int) -> np.ndarray:
 
     Args:
       words: Integers of any width, signed or not (their bits count, not their value).
-      bits: Bits per code: 2, 3, 4 or 8.
+      bits: Bits per code: 2 to 8.
       size: Number of codes along ``axis``.
       axis: The packed axis.
 
@@ -73,7 +74,7 @@ def pack(codes: np.ndarray, bits: int, *, axis: int, dtype: type = np.int32) -> 
 
     Args:
       codes: Integers in ``[0, 2**bits)``.
-      bits: Bits per code: 2, 3, 4 or 8.
+      bits: Bits per code: 2 to 8.
       axis: The axis to pack along.
       dtype: Word type of the result, such as ``np.int32`` or ``np.uint8``.
 
@@ -107,6 +108,27 @@ def pack(codes: np.ndarray, bits: int, *, axis: int, dtype: type = np.int32) -> 
             words[(*lead, slice(word + 1, None, period))] |= value >> word_type.type(width - shift)
     used = words[(*lead, slice(0, packed_size(size, bits, width)))]
     return np.ascontiguousarray(used).view(dtype)
+
+
+def to_signed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Move unsigned codes down by ``2**(bits-1)``, as ``QuantizedArray`` holds them.
+
+    Args:
+      codes: uint8 in ``[0, 2**bits)``; overwritten.
+      bits: Bits per code.
+
+    Returns:
+      ml_dtypes.int4 up to 4 bits, int8 above.
+    """
+    codes -= np.uint8(2 ** (bits - 1))  # wraps modulo 256, which is the int8 of the difference
+    signed = codes.view(np.int8)
+    return signed if bits > 4 else signed.astype(ml_dtypes.int4)
+
+
+def to_unsigned(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Move signed codes (int4 or int8) up by ``2**(bits-1)``; uint8, which ``pack`` checks."""
+    shifted = codes.astype(np.int8).view(np.uint8)
+    return shifted + np.uint8(2 ** (bits - 1))
 
 
 def _unsigned(dtype: np.dtype) -> np.dtype:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qjax.checkpoints.awq import AwqReader
 from qjax.checkpoints.compressed_tensors import CompressedTensorsReader
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.fp8 import Fp8Reader
+from qjax.checkpoints.gptq import GptqReader
 from qjax.checkpoints.modelopt import ModeloptReader
 from qjax.checkpoints.reader import CheckpointSource, QuantizedReader
 from qjax.checkpoints.safetensors_io import TensorInfo, read_json
@@ -16,6 +18,8 @@ from qjax.checkpoints.safetensors_io import TensorInfo, read_json
 ReaderFactory = Callable[[CheckpointSource], QuantizedReader | None]
 
 READERS: tuple[ReaderFactory, ...] = (
+    AwqReader.from_source,
+    GptqReader.from_source,
     CompressedTensorsReader.from_source,
     Fp8Reader.from_source,
     ModeloptReader.from_source,
