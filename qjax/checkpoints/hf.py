@@ -130,6 +130,8 @@ def load_model(
         value = _read_leaf(leaf, checkpoint, reader, fmt, compute_dtype)
         if place is not None:
             value = place(leaf.path, value)
+        else:  # a reader of quantized checkpoints returns host arrays, some of them file views
+            value = jax.tree.map(lambda x: jnp.array(x) if isinstance(x, np.ndarray) else x, value)
         # One tensor at a time: without waiting, jax would queue reads and keep all their inputs.
         params[tuple(leaf.path.split("/"))] = jax.block_until_ready(value)
         checkpoint.release()
