@@ -131,7 +131,7 @@ def load_model(
         if place is not None:
             value = place(leaf.path, value)
         else:  # a reader of quantized checkpoints returns host arrays, some of them file views
-            value = jax.tree.map(lambda x: jnp.array(x) if isinstance(x, np.ndarray) else x, value)
+            value = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), value)
         # One tensor at a time: without waiting, jax would queue reads and keep all their inputs.
         params[tuple(leaf.path.split("/"))] = jax.block_until_ready(value)
         checkpoint.release()
@@ -239,7 +239,8 @@ def _read_leaf(
                 f"{reader.name}: {leaf.layer} was read as {value.shape}, the model needs "
                 f"{leaf.shape}"
             )
-        return value
+        # Readers give host arrays, some of them views of the mapped file: copied, as below.
+        return jax.tree.map(lambda x: jnp.array(x, copy=True), value)
     array = checkpoint[leaf.stored_name(checkpoint)]
     if leaf.is_norm:
         dtype = jnp.dtype(jnp.float32)
