@@ -239,8 +239,7 @@ def _read_leaf(
                 f"{reader.name}: {leaf.layer} was read as {value.shape}, the model needs "
                 f"{leaf.shape}"
             )
-        # Readers give host arrays, some of them views of the mapped file: copied, as below.
-        return jax.tree.map(lambda x: jnp.array(x, copy=True), value)
+        return value
     array = checkpoint[leaf.stored_name(checkpoint)]
     if leaf.is_norm:
         dtype = jnp.dtype(jnp.float32)
