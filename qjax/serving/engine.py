@@ -1,0 +1,386 @@
+"""Continuous batching: prompts stream through a fixed number of slots.
+
+::
+
+    submit -> waiting -> [slot 0 | slot 1 | ... ] -> completion
+                admit when a slot and all pages   \\ frees both at once
+                the request can need are free
+
+``step`` fills free slots, runs prefill passes until every admitted prompt is in the cache, then one
+block of decode steps. All programs have fixed shapes: the batch is always ``max_running_requests``
+rows, idle rows are masked, and prompts are cut into chunks by their own length alone. So what a
+request gets does not depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax._device import compiler_options
+from qjax.generate import DecodeState, PrefillBatch, activation_qtype, decode, prefill
+from qjax.kv_cache import QuantizedKVCache, StaticScales
+from qjax.kv_format import KVFormat
+from qjax.models.config import ModelConfig
+from qjax.sampling import SamplingArrays, SamplingParams
+from qjax.serving.pages import PageTable, pages_for
+from qjax.serving.scheduler import MIN_CHUNK, Request, Scheduler, Task, rows_at
+
+OnTokens = Callable[[int, list[int], str | None], None]
+"""Called with request id, new tokens, and the finish reason once there is one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine, all fixed when it is built.
+
+    Attributes:
+      max_running_requests: Slots: sequences that run at the same time.
+      max_model_len: Longest prompt plus continuation, in tokens.
+      page_size: Tokens per KV cache page.
+      num_pages: Pages of the pool; None for enough to fill all slots with longest sequences.
+      chunked_prefill_size: Prompts are put into the cache in chunks of at most so many tokens.
+      prefill_rows: Prompts of up to 16 tokens that share one prefill pass; longer chunks share it
+        with proportionally fewer. None for 16 on GPUs, where a pass over few tokens costs what
+        reading the weights costs, and 4 on CPUs, where every token costs time.
+      decode_block: Decode steps between two looks of the host at the results.
+
+    Raises:
+      ValueError: If a size is out of range.
+    """
+
+    max_running_requests: int = 8
+    max_model_len: int = 2048
+    page_size: int = 16
+    num_pages: int | None = None
+    chunked_prefill_size: int = 256
+    prefill_rows: int | None = None
+    decode_block: int = 16
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise ValueError(f"{field.name}={value} must be at least 1")
+        if self.chunked_prefill_size < MIN_CHUNK:
+            raise ValueError(
+                f"chunked_prefill_size={self.chunked_prefill_size} must be at least {MIN_CHUNK}"
+            )
+
+    @property
+    def pages_per_seq(self) -> int:
+        """Pages of a longest sequence."""
+        return pages_for(self.max_model_len, self.page_size)
+
+    @property
+    def total_pages(self) -> int:
+        """Pages of the pool."""
+        full = self.max_running_requests * self.pages_per_seq
+        return full if self.num_pages is None else self.num_pages
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What became of a request.
+
+    Attributes:
+      request_id: Its number, in order of submission.
+      token_ids: Generated tokens; the last is the end-of-sequence token if ``stop``.
+      finish_reason: ``stop`` (end-of-sequence token) or ``length`` (``max_new_tokens``).
+      prompt_tokens: Tokens of the prompt.
+    """
+
+    request_id: int
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+
+
+@dataclasses.dataclass
+class EngineStats:
+    """Running totals. Times are the host's, around programs it waits for; compiling is apart."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    prefill_passes: int = 0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_blocks: int = 0
+    compile_seconds: float = 0.0
+    programs: int = 0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Generated tokens per second; each prompt's first token counts as prefill."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Engine:
+    """Generates continuations for any number of requests.
+
+    Attributes:
+      config: Sizes.
+      cache: The KV cache; its saturation counters can be read at any time between steps.
+      stats: Totals since construction.
+      params: The model parameters.
+      next_id: Id that the next submitted request gets.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        params: Mapping[str, Any],
+        config: EngineConfig,
+        kv_format: KVFormat | Sequence[KVFormat],
+        *,
+        static_scales: StaticScales | None = None,
+        eos_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Allocate the cache. Programs are compiled when they are first needed.
+
+        Args:
+          module: A ``Decoder``.
+          params: Its parameters; kernels may be quantized.
+          config: Sizes.
+          kv_format: Format of the KV cache, one or one per layer.
+          static_scales: Scales of layers whose format is static.
+          eos_ids: End-of-sequence tokens; those of the model's configuration if None.
+
+        Raises:
+          ValueError: If ``max_model_len`` is longer than the model was made for, or sizes and
+            formats do not fit together.
+        """
+        model: ModelConfig = module.config
+        if config.max_model_len > model.max_position_embeddings:
+            raise ValueError(
+                f"max_model_len={config.max_model_len} exceeds the model's "
+                f"max_position_embeddings={model.max_position_embeddings}; lower it"
+            )
+        self.config = config
+        self.stats = EngineStats()
+        self.params = params
+        self._eos_ids = tuple(model.eos_token_ids if eos_ids is None else eos_ids)
+        self._vocab_size = model.vocab_size
+        slots = config.max_running_requests
+        self._pages = PageTable(config.total_pages, config.page_size, slots, config.pages_per_seq)
+        self._scheduler = Scheduler(self._pages, slots)
+        self.cache = QuantizedKVCache.init(
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            num_pages=config.total_pages,
+            page_size=config.page_size,
+            max_seqs=slots,
+            pages_per_seq=config.pages_per_seq,
+            fmt=kv_format,
+            static_scales=static_scales,
+        )
+        self._state = DecodeState.init(slots)
+        self.next_id = 0
+        on_gpu = jax.devices()[0].platform == "gpu"
+        self._prefill_rows = config.prefill_rows or (16 if on_gpu else 4)
+        self._compiler_options = compiler_options(activation_qtype(params))
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._prefill = jax.jit(
+            functools.partial(prefill, module.apply, self._eos_ids), donate_argnums=(1, 2)
+        )
+        self._decode = jax.jit(
+            functools.partial(decode, module.apply, self._eos_ids, config.decode_block, on_gpu),
+            donate_argnums=(1, 2),
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self._scheduler.has_work
+
+    def check(self, request: Request) -> None:
+        """Raise what ``submit`` would raise, without submitting.
+
+        Raises:
+          ValueError: If the request cannot run in this engine.
+        """
+        prompt, new = len(request.prompt), request.params.max_new_tokens
+        if prompt == 0:
+            raise ValueError("the prompt is empty: there is no token to continue from")
+        if request.total > self.config.max_model_len:
+            raise ValueError(
+                f"the prompt has {prompt} tokens and max_new_tokens={new}: together more than "
+                f"max_model_len={self.config.max_model_len}; shorten the prompt, lower "
+                "max_new_tokens or raise max_model_len"
+            )
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size:
+            raise ValueError(
+                f"prompt tokens span {min(request.prompt)}..{max(request.prompt)}; the model's "
+                f"vocabulary is 0..{self._vocab_size - 1}"
+            )
+
+    def submit(self, request: Request) -> int:
+        """Put a request in the waiting line; returns its id.
+
+        Raises:
+          ValueError: If the request cannot run in this engine.
+        """
+        self.check(request)
+        task = Task(self.next_id, request)
+        self.next_id += 1
+        self._scheduler.waiting.append(task)
+        return task.request_id
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        on_tokens: OnTokens | None = None,
+        on_finish: Callable[[Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Run requests to their end.
+
+        Args:
+          requests: The requests; all are checked before any runs.
+          on_tokens: Called for new tokens, after every prefill pass and decode block.
+          on_finish: Called with every completion, in the order in which they finish.
+
+        Returns:
+          Completions in the order of ``requests``.
+
+        Raises:
+          ValueError: If a request cannot run, with its index.
+          FloatingPointError: If the model's logits stop being finite.
+        """
+        for index, request in enumerate(requests):
+            try:
+                self.check(request)
+            except ValueError as error:
+                raise ValueError(f"request {index}: {error}") from None
+        ids = [self.submit(request) for request in requests]
+        finished: dict[int, Completion] = {}
+        while self.has_work:
+            for completion in self.step(on_tokens):
+                finished[completion.request_id] = completion
+                if on_finish is not None:
+                    on_finish(completion)
+        return [finished[i] for i in ids]
+
+    def step(self, on_tokens: OnTokens | None = None) -> list[Completion]:
+        """Fill free slots, prefill what was admitted, and run one decode block.
+
+        Returns:
+          Completions of the requests which ended.
+
+        Raises:
+          FloatingPointError: If the model's logits stop being finite.
+        """
+        scheduler = self._scheduler
+        finished: list[Completion] = []
+        if scheduler.admit():
+            self.cache = self.cache.with_page_table(self._pages.table)
+        while True:
+            length, tasks = scheduler.next_chunks(
+                self.config.chunked_prefill_size, self._prefill_rows
+            )
+            if not tasks:
+                break
+            for task, token in self._run_prefill(length, tasks):
+                self._record(task, [token], finished, on_tokens)
+        running = [task for task in scheduler.running if task]
+        if running:
+            tokens = self._run_decode(scheduler.decode_steps(self.config.decode_block), running)
+            for task in running:
+                row = tokens[task.slot]
+                self._record(task, row[row >= 0].tolist(), finished, on_tokens)
+        return finished
+
+    def _record(
+        self,
+        task: Task,
+        tokens: list[int],
+        finished: list[Completion],
+        on_tokens: OnTokens | None,
+    ) -> None:
+        task.tokens.extend(tokens)
+        params = task.request.params
+        reason = None
+        if not params.ignore_eos and task.tokens[-1] in self._eos_ids:
+            reason = "stop"
+        elif task.remaining == 0:
+            reason = "length"
+        if reason is not None:
+            self._scheduler.finish(task, reason)
+            length = len(task.request.prompt)
+            finished.append(Completion(task.request_id, tuple(task.tokens), reason, length))
+        if on_tokens is not None:
+            on_tokens(task.request_id, tokens, reason)
+
+    def _run_prefill(self, length: int, tasks: list[Task]) -> list[tuple[Task, int]]:
+        """One prefill pass; returns the tasks whose prompt is complete with their first token."""
+        rows = rows_at(length, self._prefill_rows, self.config.max_running_requests)
+        tokens = np.zeros((rows, length), np.int32)
+        starts, counts, limits = (np.zeros(rows, np.int32) for _ in range(3))
+        # Rows not needed name a slot that does not exist: each slot may occur only once.
+        slots = np.full(rows, self.config.max_running_requests, np.int32)
+        last, stops = np.zeros(rows, bool), np.zeros(rows, bool)
+        params = [task.request.params for task in tasks]
+        for row, task in enumerate(tasks):
+            part = task.request.prompt[task.prefilled : task.prefilled + length]
+            tokens[row, : len(part)] = part
+            starts[row], counts[row] = task.prefilled, len(part)
+            slots[row], limits[row] = task.slot, params[row].max_new_tokens
+            task.prefilled += len(part)
+            last[row] = task.prefilled == len(task.request.prompt)
+            stops[row] = not params[row].ignore_eos
+        sampling = SamplingArrays.of(params + [SamplingParams()] * (rows - len(tasks)))
+        ints = [jnp.asarray(x) for x in (tokens, starts, counts, slots)]
+        batch = PrefillBatch(
+            *ints, jnp.asarray(last), jnp.asarray(limits), jnp.asarray(stops), sampling
+        )
+        chosen, seconds = self._call(("prefill", rows, length), self._prefill, batch, tasks)
+        self.stats.prefill_seconds += seconds
+        self.stats.prefill_tokens += int(counts.sum())
+        self.stats.prefill_passes += 1
+        return [(task, int(chosen[row])) for row, task in enumerate(tasks) if last[row]]
+
+    def _run_decode(self, steps: int, running: list[Task]) -> np.ndarray:
+        """One decode block; returns int32 ``(slots, block)``, -1 where nothing was generated."""
+        tokens, seconds = self._call("decode", self._decode, jnp.int32(steps), running)
+        self.stats.decode_seconds += seconds
+        self.stats.decode_tokens += int((tokens >= 0).sum())
+        self.stats.decode_blocks += 1
+        return tokens
+
+    def _call(
+        self, key: Any, program: Any, argument: Any, tasks: list[Task]
+    ) -> tuple[np.ndarray, float]:
+        """Run a program on cache and state; returns its tokens and the seconds it took."""
+        arguments = (self.params, self.cache, self._state, argument)
+        if key not in self._compiled:
+            # Ahead of time, so that compiling is never counted as generating.
+            start = time.perf_counter()
+            lowered = program.lower(*arguments)
+            self._compiled[key] = lowered.compile(compiler_options=self._compiler_options)
+            self.stats.compile_seconds += time.perf_counter() - start
+            self.stats.programs += 1
+        start = time.perf_counter()
+        self.cache, self._state, tokens, finite = self._compiled[key](*arguments)
+        tokens, finite = jax.device_get((tokens, finite))
+        seconds = time.perf_counter() - start
+        for row, task in enumerate(tasks):
+            if not finite[task.slot if key == "decode" else row]:
+                raise FloatingPointError(
+                    f"request {task.request_id}: logits are not finite after "
+                    f"{len(task.tokens)} new tokens; the weights or this dtype overflow: try "
+                    "bfloat16 or float32, or less quantization"
+                )
+        return tokens, seconds

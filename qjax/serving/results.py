@@ -1,0 +1,157 @@
+"""Results that survive an interruption: a partial file grows line by line and is resumed.
+
+``out.jsonl.partial`` begins with a header holding everything the results depend on; each further
+line is one finished result with its index. When all are there, ``out.jsonl`` is written in input
+order, atomically, and the partial file is removed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from qjax._files import write_text_atomic
+
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One line of the output.
+
+    Attributes:
+      prompt: The text the model saw.
+      text: The generated text, without special tokens.
+      token_ids: The generated tokens; the last is the end-of-sequence token if ``stop``.
+      prompt_tokens: Tokens of the prompt.
+      finish_reason: ``stop`` or ``length``.
+    """
+
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: str
+
+
+def fingerprint(value: Any) -> str:
+    """Short hash of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class ResultFile:
+    """Collects results of a known number of prompts; a context manager.
+
+    Attributes:
+      path: The final file.
+      partial: The file that grows.
+      done: Results so far by index; those of an interrupted run are there from the start.
+    """
+
+    def __init__(
+        self, path: str | Path, count: int, settings: Mapping[str, Any], *, overwrite: bool = False
+    ) -> None:
+        """Open the partial file, resuming an interrupted run with the same settings.
+
+        Args:
+          path: Output file.
+          count: Number of results there will be.
+          settings: Everything the results depend on; JSON values.
+          overwrite: Replace an existing output file at the end.
+
+        Raises:
+          ValueError: If the output exists, or the partial file belongs to other settings or is
+            damaged; says what to delete.
+          OSError: If the folder cannot be written.
+        """
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.done: dict[int, Result] = {}
+        self._count = count
+        # Through JSON and back, so that it compares equal to what is read.
+        header = {"qjax_partial": _VERSION, "settings": json.loads(json.dumps(dict(settings)))}
+        if self.path.exists() and not overwrite:
+            raise ValueError(f"{self.path} exists; name another file, or give --overwrite")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        end = self._resume(header) if self.partial.exists() else 0
+        self._file: BinaryIO = open(self.partial, "r+b" if end else "wb")
+        self._file.truncate(end)
+        self._file.seek(end)
+        if not end:
+            self._append(header)
+
+    def _resume(self, header: Mapping[str, Any]) -> int:
+        """Read the partial file; returns the length of its sound part."""
+        end = 0
+        for number, line in enumerate(self.partial.read_bytes().splitlines(keepends=True), 1):
+            # A line without its end was being written when the run was killed.
+            if not line.endswith(b"\n"):
+                break
+            try:
+                values = json.loads(line)
+                if number == 1:
+                    self._compare(values, header)
+                else:
+                    index = values.pop("index")
+                    self.done[index] = Result(**{**values, "token_ids": tuple(values["token_ids"])})
+            except (json.JSONDecodeError, TypeError, KeyError, AttributeError):
+                raise ValueError(
+                    f"{self.partial}:{number} is damaged; delete the file to start over"
+                ) from None
+            end += len(line)
+        return end
+
+    def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        if found["qjax_partial"] != wanted["qjax_partial"]:
+            raise ValueError(f"{self.partial} was written by another version; delete it")
+        old, new = found["settings"], wanted["settings"]
+        changed = [k for k in sorted(old | new) if old.get(k) != new.get(k)]
+        if changed:
+            what = ", ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in changed[:3])
+            raise ValueError(
+                f"{self.partial} holds results of a run with other settings ({what}); delete it to "
+                "start over, or repeat that run's settings to finish it"
+            )
+
+    def add(self, index: int, result: Result) -> None:
+        """Record one result; it is in the file when this returns."""
+        self.done[index] = result
+        self._append({"index": index, **dataclasses.asdict(result)})
+
+    def _append(self, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Write the output in input order and remove the partial file.
+
+        Raises:
+          ValueError: If results are missing.
+        """
+        missing = [i for i in range(self._count) if i not in self.done]
+        if missing:
+            raise ValueError(f"{len(missing)} of {self._count} results are missing: {missing[:5]}")
+        lines = (
+            json.dumps(dataclasses.asdict(self.done[i]), ensure_ascii=False)
+            for i in range(self._count)
+        )
+        write_text_atomic(self.path, "".join(line + "\n" for line in lines))
+        self._file.close()
+        os.unlink(self.partial)
+
+    def __enter__(self) -> ResultFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
