@@ -1,0 +1,176 @@
+"""Tensor parallelism: how parameters and cache are laid out over the devices of one mesh axis.
+
+Megatron's layout: q, k, v, gate and up are cut along their outputs, o and down along their inputs,
+so that a block needs one sum over devices after attention and one after the MLP. XLA inserts those
+sums; nothing here changes what is computed, only where. Scales and zero points are cut together
+with the codes they belong to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qjax.kv_cache import QuantizedKVCache
+from qjax.models.config import ModelConfig
+from qjax.quantize import is_quantized, path_string
+from qjax.quantized_array import QuantizedArray
+
+_CUT_OUTPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
+_CUT_INPUT = ("o_proj", "down_proj")
+_GROUP_SIZES = (128, 64, 32, 16)
+_HEAD_AXIS = {
+    "keys": 1,
+    "values": 1,
+    "key_scales": 1,
+    "value_scales": 1,
+    "running": -1,
+    "layer_absmax": -1,
+}
+
+
+def leaf_spec(path: str, value: Any, config: ModelConfig, devices: int, axis: str = "model") -> Any:
+    """Layout of one parameter.
+
+    Args:
+      path: Parameter path, ``model/layers_0/mlp/up_proj/kernel``.
+      value: The array, ``QuantizedArray``, or their abstract values.
+      config: The model.
+      devices: Size of the mesh axis.
+      axis: Its name.
+
+    Returns:
+      A ``PartitionSpec``; for a ``QuantizedArray`` one of the same structure holding specs.
+
+    Raises:
+      ValueError: If the devices do not divide the parameter, or a shard would cut a group of
+        weights that share a scale. Names the layer, the sizes, and what works.
+    """
+    cut = _cut_axis(path, value, config, devices)
+    if cut is None:
+        spec = P()
+    else:
+        if value.shape[cut] % devices:
+            raise ValueError(
+                f"{path} of shape {value.shape} cannot be cut over {devices} devices: axis {cut} "
+                f"must be a multiple of {devices}"
+            )
+        spec = P(*(axis if i == cut else None for i in range(value.ndim)))
+    if not isinstance(value, QuantizedArray):
+        return spec
+    scale_spec = _scale_spec(path, value, cut, spec, devices)
+    return dataclasses.replace(
+        value,
+        qvalue=spec,
+        scale=scale_spec,
+        zero_point=None if value.zero_point is None else scale_spec,
+        # Activation order mixes rows of all devices: each needs the whole permutation.
+        perm=None if value.perm is None else P(),
+        global_scale=None if value.global_scale is None else P(),
+        act_scale=None if value.act_scale is None else P(),
+    )
+
+
+def _cut_axis(path: str, value: Any, config: ModelConfig, devices: int) -> int | None:
+    if config.num_q_heads % devices:
+        raise ValueError(
+            f"num_q_heads={config.num_q_heads} must be a multiple of {devices} devices; each holds "
+            "whole heads"
+        )
+    layer, _, leaf = path.rpartition("/")
+    name = layer.rpartition("/")[2]
+    if name == "embed_tokens":
+        # Cut along the vocabulary, like lm_head: a tied table serves as both.
+        return 0 if value.shape[0] % devices == 0 else None
+    if name in ("k_proj", "v_proj") and config.num_kv_heads % devices:
+        return None  # fewer KV heads than devices: every device keeps them all
+    if name == "lm_head" and value.shape[-1] % devices:
+        return None
+    if name in _CUT_OUTPUT:
+        return value.ndim - 1
+    if name in _CUT_INPUT and leaf == "kernel":
+        return 0
+    return None
+
+
+def _scale_spec(path: str, w: QuantizedArray, cut: int | None, spec: P, devices: int) -> P:
+    if cut is None or w.scale.shape[cut] == 1:
+        return P()
+    tile, shard = w.tiles[cut], w.shape[cut] // devices
+    if shard % tile:
+        fits = [g for g in _GROUP_SIZES if g < tile and shard % g == 0]
+        fits = fits or [g for g in range(min(tile, shard), 0, -1) if shard % g == 0]
+        raise ValueError(
+            f"{path} of shape {w.shape} over {devices} devices gives shards of {shard} along axis "
+            f"{cut}, which cuts groups of {tile} that share a scale; quantize this layer with "
+            f"groups of {fits[0]}, or use fewer devices"
+        )
+    return spec
+
+
+def param_specs(params: Any, config: ModelConfig, devices: int, axis: str = "model") -> Any:
+    """``leaf_spec`` of every parameter, in the structure of ``params``."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, value: leaf_spec(path_string(path), value, config, devices, axis),
+        params,
+        is_leaf=is_quantized,
+    )
+
+
+def shard_params(params: Any, config: ModelConfig, mesh: Mesh, axis: str = "model") -> Any:
+    """Lay parameters out over a mesh."""
+    specs = param_specs(params, config, mesh.shape[axis], axis)
+    return jax.device_put(params, _named(specs, mesh))
+
+
+def placer(config: ModelConfig, mesh: Mesh, axis: str = "model") -> Callable[[str, Any], Any]:
+    """The ``place`` argument of ``load_model``: each parameter goes to its devices as it is read.
+
+    No device ever holds the whole model, only one whole parameter at a time.
+    """
+
+    def place(path: str, value: Any) -> Any:
+        spec = leaf_spec(path, value, config, mesh.shape[axis], axis)
+        return jax.device_put(value, _named(spec, mesh))
+
+    return place
+
+
+def cache_specs(cache: QuantizedKVCache, devices: int, axis: str = "model") -> QuantizedKVCache:
+    """Layout of a KV cache: cut by KV heads, or whole on every device where they do not divide.
+
+    Returns:
+      A cache that holds ``PartitionSpec`` in place of arrays.
+    """
+    whole = cache.num_kv_heads % devices != 0
+
+    def field_specs(name: str) -> Any:
+        head_axis = _HEAD_AXIS.get(name)
+
+        def spec(x: Any) -> P:
+            if whole or head_axis is None:
+                return P()
+            # Static scales are [kv_heads], those of tokens [pages, kv_heads, page_size].
+            cut = 0 if x.ndim == 1 else head_axis % x.ndim
+            return P(*(axis if i == cut else None for i in range(x.ndim)))
+
+        return jax.tree.map(spec, getattr(cache, name))
+
+    arrays = [f.name for f in dataclasses.fields(cache) if not f.metadata.get("static")]
+    return dataclasses.replace(cache, **{name: field_specs(name) for name in arrays})
+
+
+def shard_cache(cache: QuantizedKVCache, mesh: Mesh, axis: str = "model") -> QuantizedKVCache:
+    """Lay a cache out over a mesh."""
+    return jax.device_put(cache, _named(cache_specs(cache, mesh.shape[axis], axis), mesh))
+
+
+def _named(specs: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+    )
