@@ -17,6 +17,7 @@ from qjax.kv_cache import QuantizedKVCache
 from qjax.models.config import ModelConfig
 from qjax.nn import Attention, GatedMLP, QuantDense, RMSNorm
 from qjax.nn.layers import Taps
+from qjax.ops.dot import quantized_dot
 
 
 class DecoderLayer(nn.Module):
@@ -225,9 +226,7 @@ class Decoder(nn.Module):
         )
         x, table, cache = backbone(tokens, positions, cache, slots, valid, logits_at)
         if c.tie_word_embeddings:
-            dims = (((2,), (1,)), ((), ()))
-            table = table.astype(self.dtype)
-            logits = jax.lax.dot_general(x, table, dims, preferred_element_type=jnp.float32)
+            logits = quantized_dot(x, table.T, out_dtype=jnp.float32, backend=self.dot_backend)
         else:
             head = QuantDense(
                 c.vocab_size,

@@ -65,7 +65,7 @@ def quantized_dot(
     if not isinstance(w, QuantizedArray):
         if activation_format is not None:
             raise ValueError(f"{activation_format.name} activations need a quantized weight")
-        return _dot(x, w.astype(x.dtype)).astype(out_dtype)
+        return _plain_dot(x, w.astype(x.dtype)).astype(out_dtype)
     choose_backend("quantized_dot", backend, unsupported_reason(x, w))
     activation_format = w.fmt.activation if activation_format is None else activation_format
     rows = math.prod(x.shape[:-1])
@@ -84,6 +84,32 @@ def _dot(x: Array, w: Array) -> Array:
     wide = jnp.int32 if jnp.issubdtype(w.dtype, jnp.integer) else _F32
     dimensions = (((x.ndim - 1,), (0,)), ((), ()))
     return jax.lax.dot_general(x, w, dimensions, preferred_element_type=wide)
+
+
+@jax.custom_vjp
+def _plain_dot(x: Array, w: Array) -> Array:
+    """``x @ w`` of equal dtypes in float32, with a backward pass in the operands' dtype.
+
+    Autodiff would multiply the float32 cotangent by the 16-bit operands, which XLA does in float32
+    at a fraction of the speed. The cotangent of a 16-bit model is rounded to 16 bits instead.
+    """
+    return _dot(x, w)
+
+
+def _plain_dot_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _dot(x, w), (x, w)
+
+
+def _plain_dot_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = residuals
+    g = g.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    dx = jax.lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=_F32)
+    dw = jax.lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=_F32)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_plain_dot.defvjp(_plain_dot_fwd, _plain_dot_bwd)
 
 
 def _weight_only(x: Array, w: QuantizedArray) -> Array:
