@@ -225,3 +225,87 @@ def _any(array: np.ndarray | None) -> Any:
     # QuantizedArray's fields are annotated as jax arrays; host arrays serve until the loader moves
     # them to a device.
     return array
+
+
+def unwritable_reason(q: QuantizedArray) -> str | None:
+    """Why an array cannot be stored as HF fp8 without changing it; None if it can."""
+    fmt = q.fmt
+    if q.ndim != 2 or fmt.qtype not in _QTYPES.values():
+        return f"{fmt.name} of shape {q.shape}: only fp8 matrices (in, out) are"
+    if fmt.granularity not in ("tensor", "channel", "block"):
+        return f"{fmt.granularity!r} scales: only per tensor, channel or block"
+    if fmt.scale_dtype not in ("float32", "bfloat16", "float16", "float8_e8m0fnu"):
+        return f"{fmt.scale_dtype} scales"
+    if q.perm is not None or q.global_scale is not None:
+        return "a permutation or a global scale"
+    act = fmt.activation
+    if fmt.block is not None:
+        wanted = QuantFormat(FP8_PER_TOKEN.qtype, "group", group_size=fmt.block[0])
+        if act != wanted:
+            return f"blocks without dynamic activations in groups of {fmt.block[0]}"
+    elif act not in (FP8_PER_TOKEN, FP8_PER_TENSOR):
+        return (
+            f"{'unquantized' if act is None else act.name} activations: readers of this format "
+            "quantize them to fp8 per token or per tensor; write compressed-tensors"
+        )
+    if (act == FP8_PER_TENSOR) != (q.act_scale is not None):
+        return "a static activation scale without static activations, or the reverse"
+    return None
+
+
+def pack_layer(q: QuantizedArray) -> dict[str, np.ndarray]:
+    """Tensors of one layer, without its name in front: the inverse of ``Fp8Reader.read``.
+
+    Raises:
+      ValueError: If the array cannot be written; says why.
+    """
+    reason = unwritable_reason(q)
+    if reason is not None:
+        raise ValueError(f"HF fp8 cannot hold {reason}")
+    scale = np.ascontiguousarray(np.asarray(q.scale).T)
+    if q.fmt.granularity == "tensor":
+        scale = scale.reshape(())
+    tensors = {
+        "weight": np.ascontiguousarray(np.asarray(q.qvalue).T),
+        "weight_scale" if q.fmt.block is None else "weight_scale_inv": scale,
+    }
+    if q.act_scale is not None:
+        tensors["input_scale"] = np.asarray(q.act_scale, np.float32).reshape(())
+    return tensors
+
+
+def quantization_config(layers: Mapping[str, QuantizedArray | None]) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json.
+
+    Args:
+      layers: Every linear layer by its checkpoint name; None for those which are not quantized.
+
+    Raises:
+      ValueError: If nothing is quantized, a layer cannot be written, or the layers differ in what
+        the config says once for all.
+    """
+    settings: dict[tuple[Any, ...], str] = {}
+    for name, q in layers.items():
+        if q is None:
+            continue
+        reason = unwritable_reason(q)
+        if reason is not None:
+            raise ValueError(f"{name}: HF fp8 cannot hold {reason}")
+        exponents = q.fmt.scale_dtype == "float8_e8m0fnu"
+        settings.setdefault((q.fmt.qtype, q.fmt.block, q.act_scale is not None, exponents), name)
+    if len(settings) != 1:
+        raise ValueError(
+            f"HF fp8 needs one kind of fp8 weights in all layers; found {settings or 'none'}"
+        )
+    ((qtype, block, static, exponents),) = settings
+    skipped = [name for name, q in layers.items() if q is None]
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "static" if static else "dynamic",
+        "fmt": qtype.removeprefix("float8_").removesuffix("fn"),
+        "scale_fmt": "ue8m0" if exponents else "float",
+        "weight_block_size": None if block is None else [block[1], block[0]],
+        # vLLM and SGLang read the first name, transformers the second.
+        "ignored_layers": skipped,
+        "modules_to_not_convert": skipped,
+    }

@@ -1,0 +1,230 @@
+"""Writes compressed-tensors: the inverse of ``compressed_tensors``, for exchange with engines.
+
+``pack_layer`` turns one array into the tensors of its layer, ``quantization_config`` describes all
+of them for config.json. Files, shards and tokenizer are the business of ``writer``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from qjax.checkpoints.bitpack import pack, to_unsigned
+from qjax.checkpoints.reader import KVScales
+from qjax.formats import QuantFormat
+from qjax.quantized_array import QuantizedArray
+
+VERSION = "0.19.0"
+"""The compressed-tensors version whose layout is written."""
+
+_ORDINARY_SCALES = ("float32", "bfloat16", "float16")
+
+
+def storage_format(fmt: QuantFormat) -> str:
+    """The storage format upstream would choose."""
+    if fmt.is_int:
+        packed = fmt.activation is None and fmt.granularity != "block"
+        return "pack-quantized" if packed else "int-quantized"
+    if fmt.bits == 4:
+        return "mxfp4-pack-quantized"
+    if fmt.scale_dtype == "float8_e8m0fnu":
+        return "mxfp8-quantized"
+    return "naive-quantized" if fmt.activation is None else "float-quantized"
+
+
+def unwritable_reason(q: QuantizedArray) -> str | None:
+    """Why an array cannot be stored as compressed-tensors without changing it; None if it can."""
+    fmt = q.fmt
+    if q.ndim != 2:
+        return f"shape {q.shape}: only matrices (in, out) are written"
+    if fmt.qtype == "float8_e5m2":
+        return "float8_e5m2: the format has 8-bit floats of type e4m3 only"
+    if q.global_scale is not None:
+        return (
+            "a global scale (NVFP4): the format stores its reciprocal, which does not give back "
+            "the same number"
+        )
+    if fmt.scale_dtype not in _ORDINARY_SCALES:
+        if fmt.scale_dtype != "float8_e8m0fnu" or fmt.is_int or fmt.group_size != 32:
+            return f"{fmt.name} with {fmt.scale_dtype} scales: only MXFP4 and MXFP8 have such"
+    elif fmt.is_float and fmt.bits == 4:
+        return f"{fmt.name} with {fmt.scale_dtype} scales: fp4 needs e8m0 scales (MXFP4)"
+    if fmt.granularity == "token":
+        return "one scale per token is for activations"
+    if q.perm is not None and fmt.group_size is None:
+        return f"a permutation with {fmt.granularity} scales: only groups have an order"
+    if q.perm is not None and storage_format(fmt) != "pack-quantized":
+        return f"a permutation in {storage_format(fmt)}: only packed integers have an order"
+    if fmt.is_int and fmt.bits < 8 and fmt.granularity == "block":
+        return f"{fmt.name}: blocks are stored for 8 bits only"
+    if fmt.activation is not None:
+        return _unwritable_activation(q, fmt.activation)
+    if q.act_scale is not None:
+        return "a static activation scale without an activation format"
+    return None
+
+
+def _unwritable_activation(q: QuantizedArray, act: QuantFormat) -> str | None:
+    if act.qtype not in ("int8", "float8_e4m3fn") or not act.symmetric:
+        return f"{act.name} activations: only symmetric int8 and float8_e4m3fn are"
+    if act.is_float != q.fmt.is_float:
+        return f"{act.name} activations with {q.fmt.name} weights"
+    if act.granularity not in ("token", "tensor", "group"):
+        return f"{act.name} activations: only per token, tensor or group"
+    if not act.dynamic and (act.granularity != "tensor" or q.act_scale is None):
+        return f"{act.name}: static activations need one scale per tensor, stored with the weight"
+    if act.dynamic and q.act_scale is not None:
+        return f"{act.name} is dynamic, but the weight carries a static activation scale"
+    return None
+
+
+def pack_layer(q: QuantizedArray) -> dict[str, np.ndarray]:
+    """Tensors of one layer, without its name in front.
+
+    Args:
+      q: Kernel ``(K, N)``.
+
+    Returns:
+      ``weight_packed`` or ``weight``, ``weight_scale`` and what else the format has.
+
+    Raises:
+      ValueError: If the array cannot be written; says why.
+    """
+    reason = unwritable_reason(q)
+    if reason is not None:
+        raise ValueError(f"compressed-tensors cannot hold {reason}")
+    fmt, (k, n) = q.fmt, q.shape
+    codes = np.asarray(q.qvalue).T
+    scale = np.ascontiguousarray(np.asarray(q.scale).T)
+    storage = storage_format(fmt)
+    tensors: dict[str, np.ndarray] = {}
+    if q.perm is not None:
+        perm = np.asarray(q.perm)
+        original = np.empty_like(codes)
+        original[:, perm] = codes
+        codes = original
+        g_idx = np.empty(k, np.int32)
+        g_idx[perm] = np.arange(k, dtype=np.int32) // (fmt.group_size or k)
+        tensors["weight_g_idx"] = g_idx
+    if storage == "pack-quantized":
+        tensors["weight_packed"] = pack(to_unsigned(codes, fmt.bits), fmt.bits, axis=1)
+        tensors["weight_shape"] = np.array([n, k], np.int64)
+    elif fmt.bits == 4 and fmt.is_float:
+        tensors["weight_packed"] = pack(codes.view(np.uint8), 4, axis=1, dtype=np.uint8)
+    else:
+        plain = codes.astype(np.int8) if fmt.is_int else codes
+        tensors["weight"] = np.ascontiguousarray(plain)
+    if q.zero_point is not None:
+        zero_point = np.ascontiguousarray(np.asarray(q.zero_point).T)
+        if storage == "pack-quantized" and fmt.granularity in ("group", "channel"):
+            zero_point = pack(to_unsigned(zero_point, fmt.bits), fmt.bits, axis=0)
+        tensors["weight_zero_point"] = _flat(zero_point, fmt)
+    if scale.dtype == ml_dtypes.float8_e8m0fnu:
+        scale = scale.view(np.uint8)
+    tensors["weight_scale"] = _flat(scale, fmt)
+    if q.act_scale is not None:
+        tensors["input_scale"] = np.asarray(q.act_scale, np.float32).reshape(1)
+    return tensors
+
+
+def _flat(scale: np.ndarray, fmt: QuantFormat) -> np.ndarray:
+    return scale.reshape(1) if fmt.granularity == "tensor" else scale
+
+
+def pack_kv_scales(scales: KVScales) -> dict[str, np.ndarray]:
+    """Tensors of static KV cache scales, under their full names."""
+    tensors = {}
+    per_head = _per_head(scales)
+    for letter, layers in (("k", scales.keys), ("v", scales.values)):
+        for layer, scale in enumerate(layers):
+            stored = scale.reshape(-1, 1, 1) if per_head else scale[:1]
+            name = f"model.layers.{layer}.self_attn.{letter}_scale"
+            tensors[name] = np.ascontiguousarray(stored, np.float32)
+    return tensors
+
+
+def _per_head(scales: KVScales) -> bool:
+    return any((scale != scale[0]).any() for scale in (*scales.keys, *scales.values))
+
+
+def quantization_config(
+    layers: Mapping[str, QuantizedArray | None], kv_scales: KVScales | None = None
+) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json.
+
+    Args:
+      layers: Every linear layer by its checkpoint name (``"model.layers.0.mlp.up_proj"``); None
+        for those which are not quantized. Shapes are enough, no values are read.
+      kv_scales: Static scales of the KV cache.
+
+    Returns:
+      A JSON object. Layers of the most frequent scheme are targeted by their class, ``Linear``,
+      the others by name.
+
+    Raises:
+      ValueError: If nothing is quantized or a layer cannot be written.
+    """
+    schemes: dict[str, tuple[QuantFormat, bool]] = {}
+    for name, q in layers.items():
+        if q is None:
+            continue
+        reason = unwritable_reason(q)
+        if reason is not None:
+            raise ValueError(f"{name}: compressed-tensors cannot hold {reason}")
+        # The type of ordinary scales is not part of a scheme, the tensors say it.
+        ordinary = q.fmt.scale_dtype in _ORDINARY_SCALES
+        fmt = q.fmt.replace(scale_dtype="float32") if ordinary else q.fmt
+        schemes[name] = (fmt, q.perm is not None)
+    if not schemes:
+        raise ValueError("no layer is quantized; write an ordinary checkpoint instead")
+    groups: dict[str, Any] = {}
+    for i, (scheme, _) in enumerate(Counter(schemes.values()).most_common()):
+        fmt, ordered = scheme
+        names = [name for name, other in schemes.items() if other == scheme]
+        groups[f"group_{i}"] = {
+            "format": storage_format(fmt),
+            "input_activations": None if fmt.activation is None else _args(fmt.activation),
+            "output_activations": None,
+            "targets": names if i else ["Linear"],
+            "weights": _args(fmt, weights=True, ordered=ordered),
+        }
+    formats = list(dict.fromkeys(group["format"] for group in groups.values()))
+    kv_scheme = None
+    if kv_scales is not None:
+        kv_scheme = _args(QuantFormat(kv_scales.dtype, "tensor", dynamic=False))
+        if _per_head(kv_scales):
+            kv_scheme["strategy"] = "attn_head"
+    return {
+        "config_groups": groups,
+        "format": formats[0] if len(formats) == 1 else "mixed-precision",
+        "global_compression_ratio": None,
+        "ignore": [name for name, q in layers.items() if q is None],
+        "kv_cache_scheme": kv_scheme,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": VERSION,
+    }
+
+
+def _args(fmt: QuantFormat, *, weights: bool = False, ordered: bool = False) -> dict[str, Any]:
+    mx = fmt.scale_dtype == "float8_e8m0fnu"
+    return {
+        "actorder": "group" if ordered else None,
+        "block_structure": None if fmt.block is None else [fmt.block[1], fmt.block[0]],
+        "dynamic": fmt.dynamic and not weights,
+        "group_size": fmt.group_size,
+        "num_bits": fmt.bits,
+        "observer": None,
+        "observer_kwargs": {},
+        "scale_dtype": "torch.uint8" if mx else None,
+        "strategy": fmt.granularity,
+        "symmetric": fmt.symmetric,
+        "type": "float" if fmt.is_float else "int",
+        "zp_dtype": None if fmt.symmetric else "torch.int8",
+    }
