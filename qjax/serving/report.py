@@ -104,7 +104,7 @@ class Summary:
         ]
         if self.saturated:
             rows.append(
-                f"warning: {self.saturated:,} KV cache values were clipped or not finite; the scales "
-                "do not cover them: use tracked scales, or another type"
+                f"warning: {self.saturated:,} KV cache values were clipped or not finite; the "
+                "scales do not cover them: use tracked scales, or another type"
             )
         return rows

@@ -1,0 +1,398 @@
+"""Generate text for one prompt or a file of prompts, with quantized weights and KV cache."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from qjax import info
+from qjax.checkpoints.hf import load_model, resolve_folder
+from qjax.formats import FORMATS, parse_format
+from qjax.models.config import ModelConfig
+from qjax.sampling import SamplingParams
+from qjax.serving import Engine, EngineConfig
+from qjax.serving.offline import Job, prepare, run
+from qjax.serving.prompts import Prompt, read_prompts
+from qjax.serving.report import Summary
+from qjax.serving.results import Result, ResultFile, fingerprint
+from qjax.serving.settings import PRESETS, context_length, kv_formats, parse_layers
+from qjax.tokenizer import Tokenizer
+
+KV_TYPES = ("auto", "bf16", "fp8_e5m2", "fp8_e4m3", "int8", "int4")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+EPILOG = """\
+presets (a flag of your own overrides its part of a preset)
+{presets}
+
+examples
+  Continue two prompts with the bundled model, weights in INT4:
+    python scripts/serve.py --quantization int4 --prompt "The old house" --prompt "At sea"
+  A file of prompts, weights and KV cache in FP8, results in a file:
+    python scripts/serve.py --model Qwen/Qwen3-8B --preset throughput \\
+      --prompts prompts.jsonl --output results.jsonl --max-new-tokens 256
+  Sampled answers of a chat model, the MLP output projections unquantized:
+    python scripts/serve.py --model DIR --chat --prompt "Why is the sky blue?" \\
+      --quantization int8 --skip-layers '.*/down_proj/kernel' --temperature 0.7 --top-p 0.9
+
+prompt files
+  .txt    one prompt per line; blank lines are skipped
+  .jsonl  one object per line with "prompt" or "messages", and optionally max_new_tokens,
+          temperature, top_p, top_k, seed, ignore_eos
+
+output
+  One JSON object per line in the order of the prompts: prompt, text, token_ids (with the
+  end-of-sequence token if that was the end), prompt_tokens, finish_reason ("stop" or "length").
+  Finished results are kept in OUTPUT.partial; after an interruption the same command goes on from
+  there. Results do not depend on what else runs at the same time.
+
+Compiling takes most of a short run's time. Set JAX_COMPILATION_CACHE_DIR to a folder, and the next
+run with the same shapes skips it.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    presets = "\n".join(
+        f"  {name:<11} --quantization {p.quantization} --kv-cache-dtype {p.kv_cache_dtype}\n"
+        f"  {'':<11} {p.purpose}"
+        for name, p in PRESETS.items()
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EPILOG.format(presets=presets),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        "--model-path",
+        metavar="PATH",
+        help="folder of a Hugging Face checkpoint, or a hub id such as Qwen/Qwen3-8B "
+        "(default: the small model that comes with qjax)",
+    )
+    add("--preset", choices=PRESETS, help="weight and KV cache format for a purpose; see below")
+    add(
+        "--quantization",
+        metavar="FORMAT",
+        choices=FORMATS,
+        help=f"weight format (default: none): {', '.join(FORMATS)}",
+    )
+    add(
+        "--skip-layers",
+        metavar="REGEX",
+        help="keep weights unquantized whose whole path matches, such as '.*/layers_0/.*'; "
+        "lm_head always is",
+    )
+    add("--dtype", choices=DTYPES, default="auto", help="compute type (default: the checkpoint's)")
+
+    add = parser.add_argument_group("KV cache").add_argument
+    add(
+        "--kv-cache-dtype",
+        choices=KV_TYPES,
+        help="type of keys and values (default: auto, what the checkpoint was calibrated for or "
+        "else the compute type)",
+    )
+    add(
+        "--kv-scale-mode",
+        choices=("tracked", "dynamic", "static"),
+        help="scales from a running absmax of the sequence, from each token alone, or calibrated "
+        "ones of the checkpoint (default: static if it has them, else tracked)",
+    )
+    add(
+        "--kv-skip-layers",
+        metavar="LAYERS",
+        default="",
+        help="layers with an unquantized KV cache, such as 0,1,-1",
+    )
+
+    add = parser.add_argument_group("prompts and results").add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable")
+    add("--prompts", metavar="FILE", help="file of prompts, .txt or .jsonl; see below")
+    add("--chat", action="store_true", help="send prompts as a user's message of the chat template")
+    add("--output", metavar="FILE.jsonl", help="write results here instead of printing them")
+    add("--overwrite", action="store_true", help="replace an existing output file")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="per prompt (default: 64)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="nucleus probability (default: 1)")
+    add("--top-k", type=int, default=0, metavar="K", help="most likely tokens; 0 for all (default)")
+    add("--seed", type=int, default=0, metavar="S", help="prompt i uses S + i (default: 0)")
+    add("--ignore-eos", action="store_true", help="always generate max-new-tokens")
+
+    add = parser.add_argument_group("capacity").add_argument
+    add(
+        "--max-running-requests",
+        type=int,
+        metavar="N",
+        help="sequences that run at the same time (default: 8 on CPU, 32 on GPU)",
+    )
+    add(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="longest prompt plus new tokens (default: what the prompts need, rounded up to a "
+        "power of two)",
+    )
+    add(
+        "--max-total-tokens",
+        type=int,
+        metavar="N",
+        help="tokens in the whole KV cache; requests wait while their pages are not free "
+        "(default: room for every running sequence at its longest)",
+    )
+    add("--page-size", type=int, default=16, metavar="N", help="tokens per page (default: 16)")
+    add(
+        "--chunked-prefill-size",
+        type=int,
+        metavar="N",
+        help="prompt tokens processed at once (default: 256 on CPU, 2048 on GPU)",
+    )
+
+    add = parser.add_argument_group("other").add_argument
+    add("--info", action="store_true", help="print what this device runs natively, and exit")
+    add("--quiet", action="store_true", help="no progress bar and no summary")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """Prompts of the command line, then those of the file."""
+    prompts = [Prompt(f"--prompt {i}", text) for i, text in enumerate(args.prompt, 1)]
+    if args.prompts is not None:
+        prompts += read_prompts(args.prompts)
+    if not prompts:
+        raise ValueError("there is no prompt; give --prompt TEXT or --prompts FILE")
+    return prompts
+
+
+def resume_settings(args: argparse.Namespace, folder: Path, length: int, jobs: list[Job]) -> dict:
+    """Everything that the results depend on."""
+    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    return {
+        "model": str(folder.resolve()),
+        "checkpoint": fingerprint([files, config]),
+        "prompts": fingerprint([[j.request.prompt, vars(j.request.params)] for j in jobs]),
+        "quantization": args.quantization,
+        "skip_layers": args.skip_layers,
+        "dtype": args.dtype,
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "kv_scale_mode": args.kv_scale_mode,
+        "kv_skip_layers": args.kv_skip_layers,
+        "max_model_len": length,
+    }
+
+
+def build_engine(args: argparse.Namespace, folder: Path, length: int) -> tuple[Engine, list[str]]:
+    """Load the model and make an engine; also the names of weight and KV cache format."""
+    dtype = None if args.dtype == "auto" else args.dtype
+    model = load_model(
+        folder,
+        quantization=parse_format(args.quantization),
+        skip=args.skip_layers,
+        dtype=dtype,
+        progress=not args.quiet,
+    )
+    formats, scales = kv_formats(
+        args.kv_cache_dtype,
+        args.kv_scale_mode,
+        parse_layers(args.kv_skip_layers),
+        model.config.num_layers,
+        model.module.dtype,
+        model.kv_scales,
+    )
+    on_gpu = jax.devices()[0].platform == "gpu"
+    total = args.max_total_tokens
+    config = EngineConfig(
+        max_running_requests=args.max_running_requests or (32 if on_gpu else 8),
+        max_model_len=length,
+        page_size=args.page_size,
+        num_pages=None if total is None else total // args.page_size,
+        chunked_prefill_size=args.chunked_prefill_size or (2048 if on_gpu else 256),
+    )
+    engine = Engine(model.module, model.params, config, formats, static_scales=scales)
+    weights = model.method or args.quantization
+    names = list(dict.fromkeys(f.name for f in formats))
+    return engine, [str(weights), " and ".join(names)]
+
+
+class Printer:
+    """Prints results in input order, each as soon as all before it are done."""
+
+    def __init__(self, count: int, streaming: bool) -> None:
+        self.count, self.streaming = count, streaming
+        self.ready: dict[int, Result] = {}
+        self.next = 0
+
+    def start(self, prompt: str) -> None:
+        """With one prompt only: print it, its text follows piece by piece."""
+        if self.streaming:
+            print(prompt, end="", flush=True)
+
+    def text(self, piece: str) -> None:
+        """A new piece of text."""
+        if self.streaming:
+            print(piece, end="", flush=True)
+
+    def add(self, index: int, result: Result) -> None:
+        """A finished result."""
+        if self.streaming:
+            print(flush=True)
+            return
+        self.ready[index] = result
+        while self.next in self.ready:
+            self._print(self.next, self.ready.pop(self.next))
+            self.next += 1
+
+    def rest(self) -> None:
+        """After an interruption: what is finished, though something before it is not."""
+        if self.streaming:
+            print(flush=True)
+        for index in sorted(self.ready):
+            self._print(index, self.ready[index])
+
+    def _print(self, index: int, result: Result) -> None:
+        head = f"--- {index + 1}/{self.count}: {len(result.token_ids)} tokens"
+        tqdm.write(f"{head}, {result.finish_reason}\n{result.prompt}{result.text}")
+
+
+def generate(args: argparse.Namespace) -> None:
+    """The whole job; everything that can be wrong with the input is found before weights load."""
+    preset = PRESETS[args.preset or "research"]
+    args.quantization = args.quantization or preset.quantization
+    args.kv_cache_dtype = args.kv_cache_dtype or preset.kv_cache_dtype
+    if args.output is not None and Path(args.output).suffix != ".jsonl":
+        raise ValueError(f"--output {args.output}: results are JSON lines; name it .jsonl")
+    prompts = gather_prompts(args)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
+    defaults = SamplingParams(**{name: getattr(args, name) for name in names})
+    folder = resolve_folder(args.model or bundled_model())
+    tokenizer = Tokenizer.from_folder(folder)
+    jobs = prepare(prompts, tokenizer, defaults, chat=args.chat)
+    length = context_length(ModelConfig.from_hf(folder), jobs, args.max_model_len)
+    if args.output is None:
+        printer = Printer(len(jobs), streaming=len(jobs) == 1)
+        engine, formats = build_engine(args, folder, length)
+        printer.start(jobs[0].text)
+        try:
+            run_jobs(args, engine, tokenizer, list(enumerate(jobs)), printer.add, printer.text)
+        except KeyboardInterrupt:
+            printer.rest()
+            raise Interrupted("interrupted; finished results are printed above") from None
+    else:
+        settings = resume_settings(args, folder, length, jobs)
+        with ResultFile(args.output, len(jobs), settings, overwrite=args.overwrite) as file:
+            engine, formats = None, []
+            todo = [(i, job) for i, job in enumerate(jobs) if i not in file.done]
+            if file.done:
+                note(args, f"{len(file.done)} of {len(jobs)} results found in {file.partial}")
+            try:
+                if todo:
+                    engine, formats = build_engine(args, folder, length)
+                    run_jobs(args, engine, tokenizer, todo, file.add, None)
+                file.finish()
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"interrupted; {len(file.done)} of {len(jobs)} results are in {file.partial}; "
+                    "the same command goes on from there"
+                ) from None
+        note(args, f"{len(jobs)} results in {args.output}")
+    if engine is not None:
+        for line in Summary.of(engine).lines(*formats):
+            note(args, line)
+
+
+def run_jobs(
+    args: argparse.Namespace,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    jobs: Sequence[tuple[int, Job]],
+    on_result: Any,
+    on_piece: Any,
+) -> None:
+    """Run jobs under a progress bar."""
+    # A single prompt is streamed, which shows its own progress.
+    disabled = args.quiet or (on_piece is not None and len(jobs) == 1)
+    tokens = 0
+    bar_settings: dict[str, Any] = {"unit": "prompt", "disable": disabled, "miniters": 0}
+    with tqdm(total=len(jobs), desc="generating", **bar_settings) as bar:
+
+        def result(index: int, result: Result) -> None:
+            on_result(index, result)
+            bar.update()
+
+        def text(index: int, piece: str, count: int) -> None:
+            nonlocal tokens
+            tokens += count
+            bar.set_postfix(tokens=tokens, refresh=False)
+            bar.update(0)  # redraws, at most ten times a second
+            if on_piece is not None:
+                on_piece(piece)
+
+        run(engine, tokenizer, jobs, on_result=result, on_text=text)
+
+
+def bundled_model() -> Path:
+    """The model that comes with the package."""
+    from qjax.assets import bundled_model_path
+
+    return bundled_model_path()
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with what became of the results."""
+
+
+def note(args: argparse.Namespace, line: str) -> None:
+    """A line for the user, apart from the results on standard output."""
+    if not args.quiet:
+        print(line, file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit code: 0, 2 for an error, 130 after Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    if args.info:
+        return info.main()
+    try:
+        generate(args)
+    except Interrupted as interrupted:
+        print(f"serve.py: {interrupted}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("serve.py: interrupted before anything was generated", file=sys.stderr)
+        return 130
+    except OSError as error:
+        return fail(args, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (ValueError, NotImplementedError, FloatingPointError) as error:
+        return fail(args, str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return fail(
+            args,
+            "the device's memory is too small; lower --max-running-requests, --max-model-len or "
+            f"--max-total-tokens, or quantize ({str(error).splitlines()[0][:200]})",
+        )
+    return 0
+
+
+def fail(args: argparse.Namespace, message: str) -> int:
+    """Print an error in one line; returns the exit code."""
+    if args.debug:
+        raise  # noqa: PLE0704 - called from an except block
+    print(f"serve.py: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
