@@ -1,7 +1,6 @@
 """Writes compressed-tensors: the inverse of ``compressed_tensors``, for exchange with engines.
 
-``pack_layer`` turns one array into the tensors of its layer, ``quantization_config`` describes all
-of them for config.json. Files, shards and tokenizer are the business of ``writer``.
+Files, shards and tokenizer are the business of ``writer``.
 """
 
 from __future__ import annotations
@@ -13,8 +12,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qjax.checkpoints.bitpack import pack, to_unsigned
+from qjax.checkpoints.bitpack import pack, packed_size, to_unsigned
+from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.reader import KVScales
+from qjax.checkpoints.scales import tile_counts
+from qjax.checkpoints.writer import Linears, TensorSpec
 from qjax.formats import QuantFormat
 from qjax.quantized_array import QuantizedArray
 
@@ -55,6 +57,11 @@ def unwritable_reason(q: QuantizedArray) -> str | None:
         return f"{fmt.name} with {fmt.scale_dtype} scales: fp4 needs e8m0 scales (MXFP4)"
     if fmt.granularity == "token":
         return "one scale per token is for activations"
+    counts = tile_counts(fmt, (q.shape[0], q.shape[1]))
+    if q.scale.shape != counts[::-1]:
+        return f"its scales have shape {q.scale.shape}, {fmt.name} stores {counts[::-1]}"
+    if fmt.is_float and fmt.bits == 4 and q.shape[0] % 2:
+        return f"shape {q.shape}: two fp4 codes make a byte, so K must be even"
     if q.perm is not None and fmt.group_size is None:
         return f"a permutation with {fmt.granularity} scales: only groups have an order"
     if q.perm is not None and storage_format(fmt) != "pack-quantized":
@@ -82,21 +89,49 @@ def _unwritable_activation(q: QuantizedArray, act: QuantFormat) -> str | None:
     return None
 
 
+def layer_specs(q: QuantizedArray) -> dict[str, TensorSpec]:
+    """Types and shapes of what ``pack_layer`` returns."""
+    fmt, (k, n) = q.fmt, q.shape
+    storage = storage_format(fmt)
+    rows, groups = tile_counts(fmt, (k, n))
+    scale_shape = (1,) if fmt.granularity == "tensor" else (rows, groups)
+    exponents = fmt.scale_dtype == "float8_e8m0fnu"
+    scale_type = np.dtype(np.uint8 if exponents else fmt.scale_dtype)
+    specs = {"weight_scale": TensorSpec(scale_type, scale_shape)}
+    if storage == "pack-quantized":
+        specs["weight_packed"] = TensorSpec(np.dtype("i4"), (n, packed_size(k, fmt.bits)))
+        specs["weight_shape"] = TensorSpec(np.dtype("i8"), (2,))
+    elif fmt.bits == 4 and fmt.is_float:
+        specs["weight_packed"] = TensorSpec(np.dtype("u1"), (n, k // 2))
+    else:
+        plain = np.int8 if fmt.is_int else fmt.qtype
+        specs["weight"] = TensorSpec(np.dtype(plain), (n, k))
+    if q.zero_point is not None:
+        specs["weight_zero_point"] = TensorSpec(np.dtype("i1"), scale_shape)
+        if _packs_zero_points(fmt):
+            packed = (packed_size(rows, fmt.bits), groups)
+            specs["weight_zero_point"] = TensorSpec(np.dtype("i4"), packed)
+    if q.perm is not None:
+        specs["weight_g_idx"] = TensorSpec(np.dtype("i4"), (k,))
+    if q.act_scale is not None:
+        specs["input_scale"] = TensorSpec(np.dtype("f4"), (1,))
+    return specs
+
+
+def _packs_zero_points(fmt: QuantFormat) -> bool:
+    packed = storage_format(fmt) == "pack-quantized"
+    return packed and fmt.granularity in ("group", "channel")
+
+
 def pack_layer(q: QuantizedArray) -> dict[str, np.ndarray]:
     """Tensors of one layer, without its name in front.
 
     Args:
-      q: Kernel ``(K, N)``.
+      q: Kernel ``(K, N)`` that ``unwritable_reason`` has nothing against.
 
     Returns:
       ``weight_packed`` or ``weight``, ``weight_scale`` and what else the format has.
-
-    Raises:
-      ValueError: If the array cannot be written; says why.
     """
-    reason = unwritable_reason(q)
-    if reason is not None:
-        raise ValueError(f"compressed-tensors cannot hold {reason}")
     fmt, (k, n) = q.fmt, q.shape
     codes = np.asarray(q.qvalue).T
     scale = np.ascontiguousarray(np.asarray(q.scale).T)
@@ -120,7 +155,7 @@ def pack_layer(q: QuantizedArray) -> dict[str, np.ndarray]:
         tensors["weight"] = np.ascontiguousarray(plain)
     if q.zero_point is not None:
         zero_point = np.ascontiguousarray(np.asarray(q.zero_point).T)
-        if storage == "pack-quantized" and fmt.granularity in ("group", "channel"):
+        if _packs_zero_points(fmt):
             zero_point = pack(to_unsigned(zero_point, fmt.bits), fmt.bits, axis=0)
         tensors["weight_zero_point"] = _flat(zero_point, fmt)
     if scale.dtype == ml_dtypes.float8_e8m0fnu:
@@ -151,65 +186,92 @@ def _per_head(scales: KVScales) -> bool:
     return any((scale != scale[0]).any() for scale in (*scales.keys, *scales.values))
 
 
-def quantization_config(
-    layers: Mapping[str, QuantizedArray | None], kv_scales: KVScales | None = None
-) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json.
+class CompressedTensorsWriter:
+    """Writer of one compressed-tensors checkpoint.
+
+    Layers of the most frequent scheme are targeted by their class, ``Linear``, others by name.
 
     Args:
-      layers: Every linear layer by its checkpoint name (``"model.layers.0.mlp.up_proj"``); None
-        for those which are not quantized. Shapes are enough, no values are read.
-      kv_scales: Static scales of the KV cache.
-
-    Returns:
-      A JSON object. Layers of the most frequent scheme are targeted by their class, ``Linear``,
-      the others by name.
+      linears: All linear layers.
 
     Raises:
-      ValueError: If nothing is quantized or a layer cannot be written.
+      CheckpointError: If a layer cannot be stored; names it and the reason.
     """
-    schemes: dict[str, tuple[QuantFormat, bool]] = {}
-    for name, q in layers.items():
-        if q is None:
-            continue
-        reason = unwritable_reason(q)
-        if reason is not None:
-            raise ValueError(f"{name}: compressed-tensors cannot hold {reason}")
-        # The type of ordinary scales is not part of a scheme, the tensors say it.
-        ordinary = q.fmt.scale_dtype in _ORDINARY_SCALES
-        fmt = q.fmt.replace(scale_dtype="float32") if ordinary else q.fmt
-        schemes[name] = (fmt, q.perm is not None)
-    if not schemes:
-        raise ValueError("no layer is quantized; write an ordinary checkpoint instead")
-    groups: dict[str, Any] = {}
-    for i, (scheme, _) in enumerate(Counter(schemes.values()).most_common()):
-        fmt, ordered = scheme
-        names = [name for name, other in schemes.items() if other == scheme]
-        groups[f"group_{i}"] = {
-            "format": storage_format(fmt),
-            "input_activations": None if fmt.activation is None else _args(fmt.activation),
-            "output_activations": None,
-            "targets": names if i else ["Linear"],
-            "weights": _args(fmt, weights=True, ordered=ordered),
+
+    def __init__(self, linears: Linears):
+        for layer, q in linears.quantized.items():
+            reason = unwritable_reason(q)
+            if reason is not None:
+                raise CheckpointError(f"compressed-tensors cannot store {layer}: {reason}")
+        if not linears.quantized:
+            raise CheckpointError("no layer is quantized; write a plain checkpoint instead")
+        scales = linears.kv_scales
+        if scales is not None and scales.dtype not in ("float8_e4m3fn", "int8"):
+            raise CheckpointError(
+                f"compressed-tensors has no {scales.dtype} KV cache; float8_e4m3fn and int8 are"
+            )
+        self._linears = linears
+
+    def config(self) -> dict[str, Any]:
+        """``quantization_config`` of config.json."""
+        schemes = {layer: _scheme_key(q) for layer, q in self._linears.quantized.items()}
+        groups: dict[str, Any] = {}
+        for i, (scheme, _) in enumerate(Counter(schemes.values()).most_common()):
+            fmt, ordered = scheme
+            names = [name for name, other in schemes.items() if other == scheme]
+            groups[f"group_{i}"] = {
+                "format": storage_format(fmt),
+                "input_activations": None if fmt.activation is None else _args(fmt.activation),
+                "output_activations": None,
+                "targets": names if i else ["Linear"],
+                "weights": _args(fmt, weights=True, ordered=ordered),
+            }
+        formats = list(dict.fromkeys(group["format"] for group in groups.values()))
+        scales = self._linears.kv_scales
+        kv_scheme = None
+        if scales is not None:
+            kv_scheme = _args(QuantFormat(scales.dtype, "tensor", dynamic=False))
+            if _per_head(scales):
+                kv_scheme["strategy"] = "attn_head"
+        # A tied output layer has no tensors, but engines have a layer of that name.
+        ignore = list(self._linears.plain)
+        if "lm_head" not in self._linears.quantized:
+            ignore = list(dict.fromkeys([*ignore, "lm_head"]))
+        return {
+            "config_groups": groups,
+            "format": formats[0] if len(formats) == 1 else "mixed-precision",
+            "global_compression_ratio": None,
+            "ignore": ignore,
+            "kv_cache_scheme": kv_scheme,
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "sparsity_config": {},
+            "transform_config": {},
+            "version": VERSION,
         }
-    formats = list(dict.fromkeys(group["format"] for group in groups.values()))
-    kv_scheme = None
-    if kv_scales is not None:
-        kv_scheme = _args(QuantFormat(kv_scales.dtype, "tensor", dynamic=False))
-        if _per_head(kv_scales):
-            kv_scheme["strategy"] = "attn_head"
-    return {
-        "config_groups": groups,
-        "format": formats[0] if len(formats) == 1 else "mixed-precision",
-        "global_compression_ratio": None,
-        "ignore": [name for name, q in layers.items() if q is None],
-        "kv_cache_scheme": kv_scheme,
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "sparsity_config": {},
-        "transform_config": {},
-        "version": VERSION,
-    }
+
+    def files(self) -> Mapping[str, Mapping[str, Any]]:
+        """No further files."""
+        return {}
+
+    def layout(self, layer: str, q: QuantizedArray) -> Mapping[str, TensorSpec]:
+        """Names, types and shapes of a layer's tensors."""
+        return {f"{layer}.{suffix}": spec for suffix, spec in layer_specs(q).items()}
+
+    def tensors(self, layer: str, q: QuantizedArray) -> Mapping[str, np.ndarray]:
+        """The tensors of one layer."""
+        return {f"{layer}.{suffix}": array for suffix, array in pack_layer(q).items()}
+
+    def extra(self) -> Mapping[str, np.ndarray]:
+        """KV cache scales."""
+        scales = self._linears.kv_scales
+        return {} if scales is None else pack_kv_scales(scales)
+
+
+def _scheme_key(q: QuantizedArray) -> tuple[QuantFormat, bool]:
+    """What the config says of a layer; the type of ordinary scales is told by the tensors."""
+    ordinary = q.fmt.scale_dtype in _ORDINARY_SCALES
+    return q.fmt.replace(scale_dtype="float32") if ordinary else q.fmt, q.perm is not None
 
 
 def _args(fmt: QuantFormat, *, weights: bool = False, ordered: bool = False) -> dict[str, Any]:

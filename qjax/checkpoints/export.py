@@ -13,7 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from qjax.checkpoints.awq_writer import AwqWriter
+from qjax.checkpoints.ct_writer import CompressedTensorsWriter
 from qjax.checkpoints.errors import CheckpointError
+from qjax.checkpoints.fp8_writer import Fp8Writer
 from qjax.checkpoints.gptq_writer import GptqWriter
 from qjax.checkpoints.layout import Leaf, model_leaves
 from qjax.checkpoints.reader import KVScales
@@ -36,6 +38,8 @@ from qjax.typing import Params
 EXPORT_FORMATS: dict[str, WriterFactory | None] = {
     "none": None,
     "awq": AwqWriter,
+    "compressed-tensors": CompressedTensorsWriter,
+    "fp8": Fp8Writer,
     "gptq": GptqWriter,
 }
 """Names of the command line; ``none`` writes a plain checkpoint."""
