@@ -33,7 +33,7 @@ import numpy as np
 
 from qjax.checkpoints import bitpack
 from qjax.checkpoints.errors import CheckpointError
-from qjax.checkpoints.gptq_config import V1, GptqConfig, GptqLayer
+from qjax.checkpoints.gptq_config import BITS, V1, GptqConfig, GptqLayer
 from qjax.checkpoints.reader import CheckpointSource, ExpectedTensor, GetTensor, KVScales
 from qjax.quantized_array import QuantizedArray
 
@@ -281,7 +281,7 @@ class GptqReader:
         have = self._tensors.get(f"{layer}.qweight")
         if have is not None and have.shape != shapes["qweight"]:
             hint = ""
-            for bits in bitpack.BITS:
+            for bits in BITS:
                 if have.shape == (shape[0] * bits // 32, shape[1]):
                     hint = f", it looks like {bits} bits"
             raise CheckpointError(

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qjax.checkpoints.bitpack import BITS
 from qjax.checkpoints.errors import CheckpointError
 from qjax.formats import QuantFormat
 
+BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
 
 # Keys with the only values under which a file is plain GPTQ, and what another value would ask for.
