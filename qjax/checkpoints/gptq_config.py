@@ -87,7 +87,7 @@ class GptqConfig:
             excluded = pattern.startswith("-:")
             try:
                 regex = re.compile(pattern[2:] if pattern[:2] in ("-:", "+:") else pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise CheckpointError(
                     f"{file}: gptq key 'dynamic' has {pattern!r}, no regular expression: {error}"
                 ) from None
@@ -139,7 +139,7 @@ class GptqConfig:
                     f"{self._file}: gptq {where}key {key!r} is {values[key]!r}, not true or false"
                 )
         activation_bits = values.get("act_bits")
-        if activation_bits is not None and activation_bits < 16:
+        if activation_bits not in (None, 16, 32):
             raise CheckpointError(
                 f"{self._file}: gptq {where}key 'act_bits' is {activation_bits!r}: quantized "
                 "activations are not supported in this format"
