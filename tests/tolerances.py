@@ -16,9 +16,20 @@ BF16_OUTPUT = 2.5e-3
 BF16_OPERANDS = 5e-3
 """Operands rounded to bfloat16 (1.65e-3 each) and the result as well."""
 
+ATTENTION_BF16 = 4e-3
+"""Exact operands; probabilities and result rounded to bfloat16 once each: 1.65e-3 * sqrt(2), with
+room for one peaked row, where the errors of the probabilities do not average out."""
+
+ATTENTION_F16 = 5e-4
+"""The same in float16: three mantissa bits more."""
+
 F32_LOGITS = 1e-4
 """Largest difference of float32 logits of a whole model from another implementation: some 1e2
 roundings of 2**-24 on activations and logits of magnitude 10."""
+
+PUBLISHED_PERPLEXITY = 1e-3
+"""Relative difference of a perplexity from another implementation's figure of five digits, with
+activations and KV cache quantized: a sum in another order moves single values to the next code."""
 
 
 def relative_error(out: object, ref: object) -> float:
