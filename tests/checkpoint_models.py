@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from hypothesis import strategies as st
 
 from qjax.checkpoints.layout import Leaf, model_leaves
 from qjax.formats import QuantFormat
@@ -88,3 +89,17 @@ def assert_same_tree(a: Any, b: Any) -> None:
         if x.dtype == ml_dtypes.int4:  # numpy holds them in bytes, of which four bits count
             x, y = x.astype(np.int8), y.astype(np.int8)
         assert x.shape == y.shape and x.tobytes() == y.tobytes(), name
+
+
+def json_values() -> st.SearchStrategy[Any]:
+    """What a config file may hold in any place."""
+    words = ["4", "gemm", "gptq", "gptq_v2", "int32", "(", "-:.*", "a{9999999999}", ""]
+    scalars = st.none() | st.booleans() | st.integers(-2, 2**33) | st.floats()
+    leaves = scalars | st.sampled_from([2, 3, 4, 8, 16, 128]) | st.sampled_from(words)
+    return st.recursive(
+        leaves,
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(words), inner, max_size=3)
+        ),
+        max_leaves=5,
+    )

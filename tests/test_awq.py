@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qjax.checkpoints.awq import AwqConfig, AwqReader, pack_layer, unpack_layer
 from qjax.checkpoints.awq_writer import AwqWriter
@@ -12,7 +14,7 @@ from qjax.checkpoints.reader import CheckpointSource
 from qjax.checkpoints.safetensors_io import TensorInfo
 from qjax.checkpoints.writer import Linears
 from qjax.formats import QuantFormat
-from tests.checkpoint_models import assert_same_tree, random_quantized
+from tests.checkpoint_models import assert_same_tree, json_values, random_quantized
 
 BASE = {
     "quant_method": "awq",
@@ -170,6 +172,22 @@ def test_unsupported_configs_are_refused_by_name(changes, message):
     with pytest.raises(CheckpointError, match=message) as error:
         AwqReader.from_source(source({**BASE, **changes}))
     assert "folder/config.json" in str(error.value) and "awq" in str(error.value)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            "bits w_bit group_size q_group_size zero_point sym version format backend "
+            "modules_to_not_convert".split()
+        ),
+        json_values(),
+    )
+)
+def test_any_config_is_understood_or_refused(values):
+    try:
+        AwqConfig.parse({**BASE, **values}).excludes("model.layers.0.mlp.up_proj")
+    except CheckpointError as error:
+        assert "awq" in str(error)
 
 
 def test_contradictions_name_the_tensor():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 
 import qjax
 from qjax.checkpoints.errors import CheckpointError
@@ -95,6 +96,17 @@ def test_shards_and_index(tmp_path):
         total += size
     assert index["metadata"]["total_size"] == total
     assert_same_tree(load(tmp_path / "m").params, params)
+
+
+def test_files_open_with_the_reference_implementation(tmp_path):
+    params = random_params(TINY, quantized_kernel)
+    save(tmp_path / "m", params, "gptq")
+    ours = SafetensorsCheckpoint(tmp_path / "m")
+    with safetensors.safe_open(tmp_path / "m" / "model.safetensors", "np") as theirs:
+        assert theirs.metadata() == {"format": "pt"}
+        assert set(theirs.keys()) == set(ours)
+        for name in ours:
+            np.testing.assert_array_equal(theirs.get_tensor(name), ours[name])
 
 
 def test_plain_models(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.gptq import (
@@ -20,7 +22,7 @@ from qjax.checkpoints.reader import CheckpointSource
 from qjax.checkpoints.safetensors_io import TensorInfo, read_json
 from qjax.checkpoints.writer import Linears
 from qjax.formats import FP8_E4M3_CHANNEL, W8A8_INT8, QuantFormat
-from tests.checkpoint_models import assert_same_tree, random_quantized
+from tests.checkpoint_models import assert_same_tree, json_values, random_quantized
 
 BASE = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 
@@ -210,6 +212,7 @@ def test_files_without_g_idx():
         ({"checkpoint_format": "gptq_p"}, "key 'checkpoint_format' is 'gptq_p'"),
         ({"checkpoint_format": "marlin"}, "key 'checkpoint_format' is 'marlin'"),
         ({"format": "bitblas"}, "key 'format' is 'bitblas'"),
+        ({"format": "gptq_v2", "checkpoint_format": "gptq"}, "keys contradict each other"),
         ({"is_marlin_format": True}, "'is_marlin_format' is True .weight shuffled|Marlin"),
         ({"pack_dtype": "int16"}, "key 'pack_dtype' is 'int16'"),
         ({"rotation": "hadamard"}, "key 'rotation' is 'hadamard'"),
@@ -260,6 +263,22 @@ def test_dynamic_takes_the_first_match_from_the_start_of_the_name():
     assert config.layer("model.layers.2.mlp.down_proj") == GptqLayer(4, 32, False, True)
     assert config.layer("model.layers.2.mlp.gate_proj") == base
     assert GptqConfig(BASE).layer("anything") == base
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            "bits group_size sym desc_act lm_head dynamic checkpoint_format pack_dtype act_bits "
+            "is_marlin_format rotation adapter".split()
+        ),
+        json_values(),
+    )
+)
+def test_any_config_is_understood_or_refused(values):
+    try:
+        GptqConfig({**BASE, **values}).layer("model.layers.0.mlp.up_proj")
+    except CheckpointError as error:
+        assert "gptq" in str(error)
 
 
 def test_real_configs(shared_data, tmp_path):

@@ -99,7 +99,8 @@ class GptqConfig:
                     f"{file}: gptq key 'dynamic' gives {pattern!r} the settings {override!r}; they "
                     "must be an object such as {'bits': 8}"
                 )
-            if _checkpoint_format({**values, **override}, file) != self.checkpoint_format:
+            names_one = override.keys() & {"checkpoint_format", "format"}
+            if names_one and _checkpoint_format(override, file) != self.checkpoint_format:
                 raise CheckpointError(
                     f"{file}: gptq 'dynamic' gives {pattern!r} another checkpoint format, "
                     f"{dict(override)!r}, than the rest has, {self.checkpoint_format!r}"
@@ -155,14 +156,16 @@ class GptqConfig:
 
 def _checkpoint_format(values: Mapping[str, Any], file: str) -> str:
     """``"gptq"`` (v1) or ``"gptq_v2"``; the spelling of the key depends on the writer."""
+    found = {}
     for key in ("checkpoint_format", "format"):
-        value = values.get(key)
-        if value is not None:
-            if value not in (V1, V2):
+        if values.get(key) is not None:
+            found[key] = str(values[key]).lower()
+            if found[key] not in (V1, V2):
                 raise CheckpointError(
-                    f"{file}: gptq key {key!r} is {value!r}, which is not supported; supported "
-                    f"are {V1!r} and {V2!r}. Convert the checkpoint with GPTQModel, or quantize "
-                    "the unquantized one here"
+                    f"{file}: gptq key {key!r} is {values[key]!r}, which is not supported; "
+                    f"supported are {V1!r} and {V2!r}. Convert the checkpoint with GPTQModel, or "
+                    "quantize the unquantized one here"
                 )
-            return value
-    return V1  # AutoGPTQ and AutoRound do not write the key
+    if len(set(found.values())) > 1:
+        raise CheckpointError(f"{file}: gptq keys contradict each other: {found}")
+    return next(iter(found.values()), V1)  # AutoGPTQ and AutoRound write neither
