@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -214,7 +215,7 @@ def test_broken_file(tmp_path: pathlib.Path) -> None:
 
 def test_layers_with_different_windows_have_no_config_json() -> None:
     config = ModelConfig.from_hf(QWEN3)
-    config = type(config)(**{**vars(config), "layer_windows": (4, 8, None)})
+    config = dataclasses.replace(config, layer_windows=(4, 8, None))
     with pytest.raises(ValueError, match="one window"):
         config.to_hf()
 

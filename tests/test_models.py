@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import struct
 from typing import Any
@@ -157,7 +158,7 @@ def test_logits_at_and_padding() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameter_names_and_training(tied: bool) -> None:
-    config = type(TINY)(**{**vars(TINY), "tie_word_embeddings": tied, "qk_norm": True})
+    config = dataclasses.replace(TINY, tie_word_embeddings=tied, qk_norm=True)
     module = Decoder(config, remat=tied)  # bfloat16 compute, float32 parameters
     tokens = jnp.asarray([[1, 2, 3, 4, 5, 6, 7, 8]], jnp.int32)
     params = jax.jit(module.init)(jax.random.key(0), tokens)["params"]
