@@ -134,7 +134,8 @@ class Engine:
       config: Sizes.
       cache: The KV cache; its saturation counters can be read at any time between steps.
       stats: Totals since construction.
-      params: The model parameters.
+      module: The decoder.
+      params: Its parameters.
       next_id: Id that the next submitted request gets.
     """
 
@@ -170,6 +171,7 @@ class Engine:
             )
         self.config = config
         self.stats = EngineStats()
+        self.module = module
         self.params = params
         self._eos_ids = tuple(model.eos_token_ids if eos_ids is None else eos_ids)
         self._vocab_size = model.vocab_size
@@ -205,6 +207,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return self._scheduler.has_work
+
+    @property
+    def free_pages(self) -> int:
+        """KV cache pages that no request holds."""
+        return self._pages.free_pages
 
     def check(self, request: Request) -> None:
         """Raise what ``submit`` would raise, without submitting.

@@ -92,15 +92,17 @@ class Summary:
     def lines(self, weights: str, kv_cache: str) -> list[str]:
         """Lines to print; the arguments name the formats."""
         size, kv = format_bytes(self.weight_bytes), format_bytes(self.kv_pool_bytes)
+        ratio = self.weight_bytes / self.weight_bf16_bytes
         rows = [
             f"prefill    {self.prefill_rate:>10,.0f} tokens/s  ({self.prefill_tokens:,} tokens)",
             f"decode     {self.decode_rate:>10,.0f} tokens/s  ({self.decode_tokens:,} tokens)",
             f"compiling  {self.compile_seconds:>10.1f} s, not in these rates "
             f"({self.programs} programs)",
-            f"weights    {size:>10}  {weights}; in bf16 {format_bytes(self.weight_bf16_bytes)}, "
-            f"{self.weight_bf16_bytes / self.weight_bytes:.2f} times as much",
+            f"weights    {size:>10}  {weights}; {ratio:.2f} of the "
+            f"{format_bytes(self.weight_bf16_bytes)} they take in bf16",
             f"KV cache   {kv:>10}  {kv_cache}; room for {self.kv_pool_tokens:,} tokens of "
-            f"{self.kv_token_bytes:,} B each; in bf16 {self.kv_token_bf16_bytes:,} B each",
+            f"{self.kv_token_bytes:,} B, {self.kv_token_bytes / self.kv_token_bf16_bytes:.2f} of "
+            f"the {self.kv_token_bf16_bytes:,} B they take in bf16",
         ]
         if self.saturated:
             rows.append(

@@ -45,6 +45,14 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def json_line(values: Mapping[str, Any]) -> str:
+    """One line of JSON, readable, and without the characters at which some readers split lines."""
+    line = json.dumps(dict(values), ensure_ascii=False)
+    for character in "\x85\u2028\u2029":
+        line = line.replace(character, f"\\u{ord(character):04x}")
+    return line + "\n"
+
+
 class ResultFile:
     """Collects results of a known number of prompts; a context manager.
 
@@ -125,7 +133,7 @@ class ResultFile:
         self._append({"index": index, **dataclasses.asdict(result)})
 
     def _append(self, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json_line(values).encode())
         self._file.flush()
 
     def finish(self) -> None:
@@ -137,11 +145,8 @@ class ResultFile:
         missing = [i for i in range(self._count) if i not in self.done]
         if missing:
             raise ValueError(f"{len(missing)} of {self._count} results are missing: {missing[:5]}")
-        lines = (
-            json.dumps(dataclasses.asdict(self.done[i]), ensure_ascii=False)
-            for i in range(self._count)
-        )
-        write_text_atomic(self.path, "".join(line + "\n" for line in lines))
+        lines = (json_line(dataclasses.asdict(self.done[i])) for i in range(self._count))
+        write_text_atomic(self.path, "".join(lines))
         self._file.close()
         os.unlink(self.partial)
 
