@@ -42,8 +42,9 @@ class QuantizedArray:
     Attributes:
       qvalue: Codes, the original's shape, in ``fmt.storage_dtype``. Always signed: unsigned codes
         of a file are moved down by ``2**(bits-1)`` and so are their zero points.
-      scale: Positive multipliers, the rank of ``qvalue``. Along each axis its length is 1, the
-        array's, or ``ceil(size / tile)``; a last tile may be cut short.
+      scale: Multipliers, the rank of ``qvalue``. Along each axis its length is 1, the array's, or
+        ``ceil(size / tile)``; a last tile may be cut short. ``quantize`` makes positive ones;
+        checkpoints of learned methods (AutoRound) hold negative ones too.
       zero_point: int8 with the shape of ``scale``, or None if symmetric.
       perm: int32 ``(k,)`` or None. GPTQ activation order: row ``i`` of ``qvalue`` (axis -2) is row
         ``perm[i]`` of the original, so that the rows of a group lie together.
