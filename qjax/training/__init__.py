@@ -1,0 +1,1 @@
+"""Training small models from scratch: tokenizer, optimizer, loop, and the files of a run."""
