@@ -20,7 +20,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("calibration",),
     ("nn", "models", "tokenizer", "checkpoints", "assets"),
     ("sampling", "generate"),
-    ("evaluation", "tokenizer_training", "training", "serving", "info", "calibrate"),
+    ("evaluation", "training", "serving", "info", "calibrate"),
 ]
 ORDER = {name: (level, place) for level, row in enumerate(LAYERS) for place, name in enumerate(row)}
 FLAX_FROM = ORDER["nn"][0]
