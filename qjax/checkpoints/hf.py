@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from qjax.checkpoints.errors import CheckpointError
@@ -28,9 +29,15 @@ from qjax.checkpoints.safetensors_io import SafetensorsCheckpoint, read_json
 from qjax.formats import QuantFormat
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
+from qjax.models.sharding import leaf_spec, placer
 from qjax.quantize import match_rules, quantize
 from qjax.quantized_array import QuantizedArray
 from qjax.tokenizer import Tokenizer
+
+NATIVE_MANIFEST = "qjax_checkpoint.json"
+"""What a folder written by ``qjax.checkpoints.native`` has and others do not."""
+
+_COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 Rules = Mapping[str, QuantFormat | None]
 Place = Callable[[str, Any], Any]
@@ -80,6 +87,8 @@ def load_model(
     skip: str | None = None,
     rules: Rules | None = None,
     dtype: Any = None,
+    mesh: Mesh | None = None,
+    axis: str = "model",
     place: Place | None = None,
     ignore_keys: Collection[str] = (),
     revision: str | None = None,
@@ -88,7 +97,8 @@ def load_model(
     """Load a checkpoint folder or a model of the Hugging Face hub.
 
     Args:
-      path: Folder, or a hub id such as ``"Qwen/Qwen3-8B"`` (downloaded, cached).
+      path: Folder (of a native checkpoint too), or a hub id such as ``"Qwen/Qwen3-8B"``, which is
+        downloaded and cached.
       quantization: Format for the kernels of all linear layers but ``lm_head``; None keeps them.
       skip: Regular expression on parameter paths (``model/layers_0/mlp/down_proj/kernel``, matched
         in full) of kernels to leave as they are, beyond ``lm_head``.
@@ -96,8 +106,10 @@ def load_model(
         them; the first match wins, before ``quantization``. The way to quantize ``lm_head`` too.
       dtype: Compute dtype, and type of what is not quantized (norm weights stay float32); by
         default the one the checkpoint was saved in.
-      place: Puts each parameter where it shall live, as soon as it is read; see
-        ``qjax.models.sharding.placer``. By default the default device.
+      mesh: Cut each parameter over these devices as soon as it is read; see
+        ``qjax.models.sharding``. By default everything is on the default device.
+      axis: The mesh axis to cut along.
+      place: Instead of ``mesh``: puts each parameter where it shall live.
       ignore_keys: Unknown keys of config.json which do not change the computation.
       revision: Branch, tag or commit on the hub.
       progress: Show a progress bar on standard error.
@@ -108,9 +120,22 @@ def load_model(
     Raises:
       CheckpointError: If files are missing, damaged or do not fit the config; before weights are
         read.
-      ValueError: If the config asks for something not implemented, or a rule matches nothing.
+      ValueError: If the config asks for something not implemented, a rule matches nothing, or the
+        mesh would cut groups that share a scale.
     """
+    if mesh is not None and place is not None:
+        raise ValueError("give mesh or place, not both")
     folder = resolve_folder(path, revision)
+    if (folder / NATIVE_MANIFEST).exists():
+        if quantization is not None or skip is not None or rules is not None:
+            raise ValueError(
+                f"{folder} is a native checkpoint, its parameters keep the formats they were saved "
+                "in; load it without quantization, skip and rules"
+            )
+        # Here, because it builds on this module and importing Orbax takes a second.
+        from qjax.checkpoints.native import load_native
+
+        return load_native(folder, dtype=dtype, mesh=mesh, axis=axis, place=place)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} has no config.json; download it beside the weights")
     raw_config = read_json(folder / "config.json")
@@ -122,18 +147,21 @@ def load_model(
     formats = _choose_formats(leaves, reader, quantization, skip, rules)
     check_tensors(config, leaves, checkpoint, reader)
     tokenizer = _load_tokenizer(folder)
+    compute_dtype = _compute_dtype(config, dtype)
+    if mesh is not None:
+        _check_mesh(leaves, formats, config, mesh.shape[axis])
+        place = placer(config, mesh, axis)
+    elif place is None:
+        place = _keep
 
-    compute_dtype = jnp.dtype(config.dtype if dtype is None else dtype)
     params: dict[tuple[str, ...], Any] = {}
     for leaf in tqdm(leaves, desc=f"loading {folder.name}", disable=not progress, unit="tensor"):
         fmt = formats.get(leaf.path)
         value = _read_leaf(leaf, checkpoint, reader, fmt, compute_dtype)
-        if place is not None:
-            value = place(leaf.path, value)
-        else:  # a reader of quantized checkpoints returns host arrays, some of them file views
-            value = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), value)
+        # Readers return host arrays, some of them views of the file: copied to the device.
+        value = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), value)
         # One tensor at a time: without waiting, jax would queue reads and keep all their inputs.
-        params[tuple(leaf.path.split("/"))] = jax.block_until_ready(value)
+        params[tuple(leaf.path.split("/"))] = jax.block_until_ready(place(leaf.path, value))
         checkpoint.release()
     scales = None
     if reader is not None:
@@ -176,6 +204,34 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
         ) from e
 
 
+def _keep(path: str, value: Any) -> Any:
+    del path
+    return value
+
+
+def _compute_dtype(config: ModelConfig, dtype: Any) -> Any:
+    name = str(config.dtype if dtype is None else jnp.dtype(dtype))
+    if name not in _COMPUTE_DTYPES:
+        where = "dtype of config.json" if dtype is None else "dtype"
+        raise ValueError(f"{where} is {name!r}; pass dtype= one of {', '.join(_COMPUTE_DTYPES)}")
+    return jnp.dtype(name)
+
+
+def _check_mesh(
+    leaves: tuple[Leaf, ...],
+    formats: Mapping[str, QuantFormat | None],
+    config: ModelConfig,
+    devices: int,
+) -> None:
+    """Raise for a layer that cannot be cut, before weights are read."""
+    for leaf in leaves:
+        value: Any = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+        fmt = formats.get(leaf.path)
+        if fmt is not None:
+            value = jax.eval_shape(functools.partial(quantize, fmt=fmt), value)
+        leaf_spec(leaf.path, value, config, devices)
+
+
 def _load_tokenizer(folder: Path) -> Tokenizer | None:
     if not (folder / "tokenizer.json").exists():
         return None
@@ -196,7 +252,7 @@ def _with_generation_config(folder: Path, config: ModelConfig) -> ModelConfig:
 
 
 def _choose_formats(
-    leaves: list[Leaf],
+    leaves: tuple[Leaf, ...],
     reader: QuantizedReader | None,
     quantization: QuantFormat | None,
     skip: str | None,

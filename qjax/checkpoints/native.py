@@ -1,0 +1,347 @@
+"""Native checkpoints: parameters with ``QuantizedArray`` leaves exactly as qjax holds them.
+
+For what no exchange format can hold, and for restoring onto several devices without converting:
+each device receives its own part only. A folder holds
+
+- ``config.json``, tokenizer and what else was copied from the source;
+- ``qjax_checkpoint.json``: format of every parameter, and the KV cache scales;
+- ``params/``: the arrays, written by Orbax (OCDBT), 4-bit codes two to a byte.
+
+The folder appears whole or not at all. Nothing depends on the devices it was saved from.
+
+References:
+  https://orbax.readthedocs.io
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from qjax.checkpoints.errors import CheckpointError
+from qjax.checkpoints.hf import NATIVE_MANIFEST, LoadedModel, Place
+from qjax.checkpoints.layout import model_leaves
+from qjax.checkpoints.reader import KVScales
+from qjax.checkpoints.safetensors_io import read_json
+from qjax.checkpoints.writer import copy_companions, replacing_folder, write_json
+from qjax.formats import QuantFormat
+from qjax.models.config import ModelConfig
+from qjax.models.decoder import Decoder
+from qjax.models.sharding import leaf_spec
+from qjax.quantize import is_quantized, path_string
+from qjax.quantized_array import QuantizedArray
+from qjax.tokenizer import Tokenizer
+from qjax.typing import DType, Params
+
+MANIFEST = NATIVE_MANIFEST
+VERSION = 1
+_ARRAYS = "params"
+_FIELDS = ("qvalue", "scale", "zero_point", "perm", "global_scale", "act_scale")
+_PACKED = {"int4": jnp.int4, "float4_e2m1fn": jnp.float4_e2m1fn}
+
+
+def is_native(folder: str | Path) -> bool:
+    """Whether a folder was written by ``save_native``."""
+    return (Path(folder) / MANIFEST).exists()
+
+
+def save_native(
+    folder: str | Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    source: str | Path | None = None,
+    kv_scales: KVScales | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model, atomically. 4-bit codes need room for a packed copy on their device.
+
+    Args:
+      folder: Where to; must not exist, or be empty, unless ``overwrite``.
+      config: The model's configuration.
+      params: Parameters of ``Decoder``, on any devices; kernels may be ``QuantizedArray``.
+      source: Folder whose tokenizer, model card and generation config are copied along.
+      kv_scales: Static KV cache scales to keep with the model.
+      overwrite: Replace ``folder``.
+
+    Raises:
+      CheckpointError: If the folder is occupied or the parameters do not fit the config.
+    """
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
+    values = {path_string(path): value for path, value in flat}
+    entries = {path: _describe(value) for path, value in values.items()}
+    _check_paths(config, entries, "the parameters")
+    arrays: dict[tuple[str, ...], Any] = {}
+    for path, value in values.items():
+        for field, array in _parts(value).items():
+            arrays[(*path.split("/"), field)] = _pack(array)
+    manifest = {
+        "format": "qjax",
+        "version": VERSION,
+        "params": entries,
+        "kv_scales": None if kv_scales is None else _kv_json(kv_scales),
+    }
+    with replacing_folder(Path(folder), overwrite=overwrite) as temporary:
+        if source is not None:
+            copy_companions(Path(source), temporary)
+        write_json(temporary / "config.json", config.to_hf())
+        write_json(temporary / MANIFEST, manifest)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(temporary.resolve() / _ARRAYS, unflatten_dict(arrays))
+
+
+def load_native(
+    folder: str | Path,
+    *,
+    dtype: DType | None = None,
+    mesh: Mesh | None = None,
+    axis: str = "model",
+    place: Place | None = None,
+) -> LoadedModel:
+    """Read a model that ``save_native`` wrote.
+
+    Args:
+      folder: Its folder.
+      dtype: Compute dtype; by default the one of config.json.
+      mesh: Restore onto these devices, each of which receives its own part only.
+      axis: The mesh axis to cut parameters along, as ``qjax.models.sharding`` does.
+      place: Instead of ``mesh``: puts each parameter where it shall live. The arrays are read to
+        the host first.
+
+    Returns:
+      The model; without ``mesh`` and ``place`` on the first device.
+
+    Raises:
+      CheckpointError: If files are missing, damaged, or do not fit each other.
+      ValueError: If the mesh would cut groups that share a scale; see ``leaf_spec``.
+    """
+    if mesh is not None and place is not None:
+        raise ValueError("give mesh or place, not both")
+    folder = Path(folder)
+    if not is_native(folder):
+        raise CheckpointError(f"{folder} has no {MANIFEST}; it is no native qjax checkpoint")
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != "qjax" or manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: format={manifest.get('format')!r} "
+            f"version={manifest.get('version')!r}; this qjax reads version {VERSION}"
+        )
+    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    try:
+        values = {path: _abstract(entry) for path, entry in manifest["params"].items()}
+        kv_scales = None if manifest["kv_scales"] is None else _kv_scales(manifest["kv_scales"])
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged ({e}); copy it again") from e
+    _check_paths(config, manifest["params"], str(folder / MANIFEST))
+    compute_dtype = jnp.dtype(config.dtype if dtype is None else dtype)
+    shardings = _shardings(values, config, mesh, axis)
+    restored = _restore(folder, values, shardings, host=place is not None)
+    params: dict[tuple[str, ...], Any] = {}
+    for path, value in values.items():
+        # Popped: the packed copy of each parameter goes as soon as the unpacked one is there.
+        parts = restored.pop(path)
+        full = {f: _unpack(parts[f], array) for f, array in _parts(value).items()}
+        result = _rebuild(value, full)
+        result = place(path, result) if place else jax.device_put(result, shardings[path])
+        params[tuple(path.split("/"))] = _cast(path, result, compute_dtype)
+    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    return LoadedModel(
+        config=config,
+        module=Decoder(config, dtype=compute_dtype),
+        params=unflatten_dict(params),
+        folder=folder,
+        method="native",
+        tokenizer=tokenizer,
+        kv_scales=kv_scales,
+    )
+
+
+def _describe(value: Any) -> dict[str, Any]:
+    """A parameter as the manifest has it."""
+    fields = {
+        field: {"dtype": str(jnp.dtype(array.dtype)), "shape": list(array.shape)}
+        for field, array in _parts(value).items()
+    }
+    if not is_quantized(value):
+        return {"fields": fields}
+    fmt = dataclasses.asdict(value.fmt)
+    return {"format": fmt, "dtype": str(jnp.dtype(value.dtype)), "fields": fields}
+
+
+def _abstract(entry: Mapping[str, Any]) -> Any:
+    """The inverse of ``_describe``, with ``ShapeDtypeStruct`` for arrays."""
+    fields = {}
+    for name, field in entry["fields"].items():
+        shape = tuple(int(size) for size in field["shape"])
+        fields[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(field["dtype"]))
+    if "format" not in entry:
+        return fields["value"]
+    unknown = fields.keys() - set(_FIELDS)
+    if unknown:
+        raise ValueError(f"unknown fields {sorted(unknown)}")
+    parts = {name: fields.get(name) for name in _FIELDS if name not in ("qvalue", "scale")}
+    fmt, dtype = _format(entry["format"]), entry["dtype"]
+    return QuantizedArray.make(fields["qvalue"], fields["scale"], fmt, dtype=dtype, **parts)
+
+
+def _format(values: Mapping[str, Any]) -> QuantFormat:
+    block, activation = values["block"], values["activation"]
+    return QuantFormat(
+        **{
+            **values,
+            "block": None if block is None else tuple(block),
+            "activation": None if activation is None else _format(activation),
+        }
+    )
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """Arrays of a parameter by field name."""
+    if not is_quantized(value):
+        return {"value": value}
+    fields = {name: getattr(value, name) for name in _FIELDS}
+    return {name: array for name, array in fields.items() if array is not None}
+
+
+def _rebuild(value: Any, parts: Mapping[str, Any]) -> Any:
+    return dataclasses.replace(value, **parts) if is_quantized(value) else parts["value"]
+
+
+def _check_paths(config: ModelConfig, entries: Mapping[str, Any], what: str) -> None:
+    wanted = {leaf.path: list(leaf.shape) for leaf in model_leaves(config)}
+    if wanted.keys() != entries.keys():
+        path = min(wanted.keys() ^ entries.keys())
+        raise CheckpointError(
+            f"{what} do not fit the config: {path} is only in "
+            f"{'the config' if path in wanted else what}"
+        )
+    for path, entry in entries.items():
+        fields = entry["fields"]
+        shape = fields["value" if "value" in fields else "qvalue"]["shape"]
+        if shape != wanted[path]:
+            raise CheckpointError(f"{what}: {path} has shape {shape}, config needs {wanted[path]}")
+
+
+def _packed(array: Any) -> bool:
+    return str(jnp.dtype(array.dtype)) in _PACKED and array.ndim > 0
+
+
+def _stored(array: Any) -> tuple[tuple[int, ...], Any]:
+    """Shape and type under which an array is written."""
+    if not _packed(array):
+        return array.shape, array.dtype
+    return (*array.shape[:-1], -(-array.shape[-1] // 2)), jnp.dtype(jnp.uint8)
+
+
+@jax.jit
+def _pack_pairs(x: jax.Array) -> jax.Array:
+    if x.shape[-1] % 2:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
+    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
+    return jax.lax.bitcast_convert_type(pairs, jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "dtype"))
+def _unpack_pairs(x: jax.Array, size: int, dtype: str) -> jax.Array:
+    pairs = jax.lax.bitcast_convert_type(x, _PACKED[dtype])
+    return pairs.reshape(*x.shape[:-1], 2 * x.shape[-1])[..., :size]
+
+
+def _pack(array: Any) -> Any:
+    return _pack_pairs(array) if _packed(array) else array
+
+
+def _unpack(stored: Any, array: jax.ShapeDtypeStruct) -> Any:
+    if not _packed(array):
+        return stored
+    return _unpack_pairs(jnp.asarray(stored), array.shape[-1], str(array.dtype))
+
+
+def _shardings(
+    values: Mapping[str, Any], config: ModelConfig, mesh: Mesh | None, axis: str
+) -> dict[str, Any]:
+    """Target of every parameter; ``QuantizedArray`` of shardings for quantized ones."""
+    if mesh is None:
+        one = SingleDeviceSharding(jax.local_devices()[0])
+        return {path: jax.tree.map(lambda _: one, value) for path, value in values.items()}
+    named: Callable[[Any], Any] = functools.partial(NamedSharding, mesh)
+    devices = mesh.shape[axis]
+    return {
+        path: jax.tree.map(
+            named,
+            leaf_spec(path, value, config, devices, axis),
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        )
+        for path, value in values.items()
+    }
+
+
+def _restore(
+    folder: Path, values: Mapping[str, Any], shardings: Mapping[str, Any], *, host: bool
+) -> dict[str, dict[str, Any]]:
+    """Arrays as stored, by path and field."""
+    target: dict[tuple[str, ...], Any] = {}
+    for path, value in values.items():
+        places = _parts(shardings[path])
+        for field, array in _parts(value).items():
+            shape, dtype = _stored(array)
+            key = (*path.split("/"), field)
+            if host:
+                target[key] = np.empty(shape, dtype)
+            else:
+                sharding = _legal(places[field], shape)
+                target[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(folder.resolve() / _ARRAYS, unflatten_dict(target))
+    # Whatever is wrong with the files, Orbax and TensorStore have their own exceptions for it.
+    except Exception as e:
+        raise CheckpointError(
+            f"{folder / _ARRAYS} cannot be read ({type(e).__name__}: {str(e)[:300]}); copy the "
+            "checkpoint again"
+        ) from e
+    restored: dict[str, dict[str, Any]] = {path: {} for path in values}
+    for key, array in flatten_dict(arrays).items():
+        restored["/".join(key[:-1])][key[-1]] = array
+    return restored
+
+
+def _legal(sharding: Any, shape: tuple[int, ...]) -> Any:
+    """The sharding, or a whole copy per device where it does not divide a packed axis."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding
+
+
+def _cast(path: str, value: Any, dtype: Any) -> Any:
+    """To the compute dtype; norm weights stay as they are."""
+    if is_quantized(value) or not path.endswith("/weight"):
+        return value if value.dtype == dtype else value.astype(dtype)
+    return value
+
+
+def _kv_json(scales: KVScales) -> dict[str, Any]:
+    # Python prints float32 numbers so that they are read back exactly.
+    lists = {name: [s.tolist() for s in getattr(scales, name)] for name in ("keys", "values")}
+    return {"dtype": scales.dtype, **lists}
+
+
+def _kv_scales(values: Mapping[str, Any]) -> KVScales:
+    keys, vals = (
+        tuple(np.asarray(s, np.float32) for s in values[name]) for name in ("keys", "values")
+    )
+    return KVScales(keys, vals, str(values["dtype"]))
