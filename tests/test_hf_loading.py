@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import fnmatch
 import pathlib
 import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import save_file
 
 import qjax
@@ -134,6 +137,24 @@ def test_tied_embedding_under_either_name(names: str, tmp_path: pathlib.Path) ->
     np.testing.assert_array_equal(model.params["model"]["embed_tokens"]["embedding"], embedding)
 
 
+def test_hub_download(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, tensors_of(CONFIG))
+    calls: list[Any] = []
+
+    def download(repo: str, **kwargs: Any) -> str:
+        calls.append((repo, kwargs))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = hf.load_model("qjax-tests/tiny", revision="v1", progress=False)
+    assert model.folder == tmp_path
+    [(repo, kwargs)] = calls
+    assert repo == "qjax-tests/tiny" and kwargs["revision"] == "v1"
+    assert not any(fnmatch.fnmatch("pytorch_model.bin", p) for p in kwargs["allow_patterns"])
+    # Mistral repositories hold all weights a second time under this name.
+    assert "consolidated*" in kwargs["ignore_patterns"]
+
+
 def test_place_gets_every_parameter(tmp_path: pathlib.Path) -> None:
     seen: list[str] = []
 
@@ -143,6 +164,30 @@ def test_place_gets_every_parameter(tmp_path: pathlib.Path) -> None:
 
     load(write(tmp_path, tensors_of(CONFIG)), place=place)
     assert seen == [leaf.path for leaf in model_leaves(CONFIG)]
+
+
+def test_mesh(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("model",))
+    write(tmp_path, tensors_of(CONFIG))
+    whole = load(tmp_path, quantization=qjax.INT8_CHANNEL)
+    cut = load(tmp_path, quantization=qjax.INT8_CHANNEL, mesh=mesh)
+    up = cut.params["model"]["layers_1"]["mlp"]["up_proj"]["kernel"]
+    assert up.qvalue.sharding.spec == up.scale.sharding.spec == PartitionSpec(None, "model")
+    assert_trees_equal(cut.params, whole.params)
+    # 20 inputs of down_proj in groups of 8, over two devices: found before a weight is read.
+    monkeypatch.setattr(hf, "_read_leaf", None)
+    with pytest.raises(ValueError, match="down_proj.* cuts groups of 8 .* groups of 5"):
+        load(tmp_path, quantization=INT4, mesh=mesh)
+    with pytest.raises(ValueError, match="mesh or place, not both"):
+        load(tmp_path, mesh=mesh, place=lambda path, value: value)
+
+
+def test_dtype_that_cannot_compute(tmp_path: pathlib.Path) -> None:
+    write(tmp_path, tensors_of(CONFIG), torch_dtype="float8_e4m3fn")
+    with pytest.raises(ValueError, match="dtype of config.json is 'float8_e4m3fn'; pass dtype="):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="dtype is 'int8'; pass dtype= one of float32"):
+        load(tmp_path, dtype=jnp.int8)
 
 
 def test_generation_config_and_tokenizer(tmp_path: pathlib.Path) -> None:
@@ -180,8 +225,9 @@ class FakeReader:
         }
 
     def read(self, layer: str, get: Any, shape: tuple[int, int], dtype: Any) -> QuantizedArray:
-        codes, factors = jnp.asarray(get(f"{layer}.codes")), jnp.asarray(get(f"{layer}.factors"))
-        return QuantizedArray.make(codes, factors, qjax.INT8_CHANNEL, dtype=dtype)
+        # Views of the file, as real readers return them.
+        codes, factors = get(f"{layer}.codes"), get(f"{layer}.factors")
+        return QuantizedArray.make(codes, factors, qjax.INT8_CHANNEL, dtype=dtype)  # type: ignore
 
     def kv_scale_names(self, num_layers: int) -> frozenset[str]:
         return frozenset({"kv"})
@@ -206,6 +252,7 @@ def test_quantized_checkpoints_go_through_their_reader(
     }
     model = load(write(tmp_path, tensors))
     kernel = model.params["model"]["layers_0"]["self_attn"]["q_proj"]["kernel"]
+    assert isinstance(kernel.qvalue, jax.Array)
     np.testing.assert_array_equal(kernel.qvalue, codes)
     other = model.params["model"]["layers_1"]["self_attn"]["q_proj"]["kernel"]
     assert not isinstance(other, QuantizedArray)
@@ -277,6 +324,6 @@ def test_peak_memory_is_the_quantized_model_and_one_tensor(tmp_path: pathlib.Pat
     grown, quantized = map(int, done.stdout.split())
     file_size = (tmp_path / "large" / "model.safetensors").stat().st_size
     one_tensor = 512 * 2048 * 4  # as float32, on its way through the quantizer
-    # Measured: 9 to 22 MB (the allocator's share varies) above the quantized size of 26 MB; the file
-    # has 97 MB.
+    # Measured: 9 to 22 MB (the allocator's share varies) above the quantized size of 26 MB; the
+    # file has 97 MB.
     assert grown < quantized + 8 * one_tensor < 0.65 * file_size

@@ -192,9 +192,16 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{path} does not exist; give a folder or a hub id such as org/name")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja"]
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                str(path),
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+                # The same weights once more, in the layouts of Mistral's and Meta's own code.
+                ignore_patterns=["consolidated*", "original/*"],
+            )
+        )
     except Exception as e:  # the hub client raises types of its own, of requests and of httpx
         raise CheckpointError(
             f"{path} is no local folder and could not be downloaded from the Hugging Face hub "

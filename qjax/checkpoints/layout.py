@@ -71,7 +71,7 @@ def hf_name(path: str) -> str:
 
 
 @functools.cache
-def model_leaves(config: ModelConfig) -> list[Leaf]:
+def model_leaves(config: ModelConfig) -> tuple[Leaf, ...]:
     """All parameters of a decoder, in the order of its computation as far as the tree keeps it."""
     module = Decoder(config)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -82,12 +82,12 @@ def model_leaves(config: ModelConfig) -> list[Leaf]:
         tied = config.tie_word_embeddings and path == "model/embed_tokens/embedding"
         name = hf_name(path)
         leaves.append(Leaf(path, value.shape, name, "lm_head.weight" if tied else name))
-    return leaves
+    return tuple(leaves)
 
 
 def check_tensors(
     config: ModelConfig,
-    leaves: list[Leaf],
+    leaves: tuple[Leaf, ...],
     checkpoint: SafetensorsCheckpoint,
     reader: QuantizedReader | None,
 ) -> None:

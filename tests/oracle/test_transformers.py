@@ -12,6 +12,7 @@ import pytest
 
 from qjax.checkpoints.hf import load_model
 from qjax.models.config import ModelConfig
+from qjax.tokenizer import Tokenizer
 from tests.tolerances import F32_LOGITS
 
 torch = pytest.importorskip("torch")
@@ -126,3 +127,56 @@ def test_greedy_text_of_a_real_model(shared_data: pathlib.Path):
     apply = jax.jit(lambda params, t: model.module.apply({"params": params}, t)[0])
     logits = apply(model.params, jnp.asarray(ids)[None])[0]
     np.testing.assert_allclose(logits, expected, atol=F32_LOGITS, rtol=0)
+
+
+def test_tokenizer_and_chat_template(shared_data: pathlib.Path):
+    folder = shared_data / "tok-llama2"
+    reference = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
+    )
+    ours = Tokenizer.from_folder(folder)
+    for text in (
+        "Once upon a time",
+        "  two  spaces\n\n",
+        "naïve 日本 🙂",
+        "",
+        "1 + 2 = 3;\treturn",
+    ):
+        ids = reference(text)["input_ids"]
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == text
+    # The constructs of published templates: trimming, loops, exceptions, json, generation blocks.
+    template = """{%- set ns = namespace(first=true) %}
+    {{- bos_token }}
+    {%- for message in messages %}
+        {%- if message['role'] not in ['system', 'user', 'assistant'] %}
+            {{- raise_exception('role ' + message['role']) }}
+        {%- endif %}
+        {%- if message['role'] == 'assistant' %}
+            {%- generation %}{{ message['content'] | trim }}{{ eos_token }}{% endgeneration %}
+        {%- else %}
+            {{- '<|' + message['role'] + '|>\n' + message['content'] + '\n' }}
+        {%- endif %}
+        {%- set ns.first = false %}
+    {%- endfor %}
+    {%- if tools is defined and tools %}{{ tools | tojson(indent=2) }}{% endif %}
+    {%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+    ours.chat_template = template
+    messages = [
+        {"role": "system", "content": "Be <brief> & 'exact'."},
+        {"role": "user", "content": "héllo\n"},
+        {"role": "assistant", "content": "  hi "},
+        {"role": "user", "content": "again"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "description": "<ü>"}}]
+    for prompt in (True, False):
+        for tool in (None, tools):
+            expected = reference.apply_chat_template(
+                messages,
+                tools=tool,
+                chat_template=template,
+                add_generation_prompt=prompt,
+                tokenize=False,
+            )
+            text = ours.render_chat(messages, add_generation_prompt=prompt, tools=tool)
+            assert text == expected
