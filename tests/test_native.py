@@ -149,7 +149,9 @@ def test_occupied_folders_and_failures_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damage_is_reported(saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_damage_is_reported(
+    saved: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def copy(name: str) -> pathlib.Path:
         return pathlib.Path(shutil.copytree(saved, tmp_path / name))
 
@@ -175,7 +177,18 @@ def test_damage_is_reported(saved: pathlib.Path, tmp_path: pathlib.Path) -> None
     with pytest.raises(CheckpointError, match="is only in the config"):
         load_native(folder)
     folder = copy("arrays")
-    for file in (folder / "params").rglob("d/*"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match="params cannot be read"):
+    file = folder / "params" / "manifest.ocdbt"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="manifest.ocdbt has .* bytes, it was written with"):
         load_native(folder)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="manifest.ocdbt is missing"):
+        load_native(folder)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DATA_LOSS: checksum")
+
+    # Really damaged arrays make TensorStore's threads complain long after the exception.
+    monkeypatch.setattr("qjax.checkpoints.native.ocp.StandardCheckpointer.restore", fail)
+    with pytest.raises(CheckpointError, match="params cannot be read .*DATA_LOSS"):
+        load_native(saved)

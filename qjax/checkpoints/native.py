@@ -95,9 +95,9 @@ def save_native(
         if source is not None:
             copy_companions(Path(source), temporary)
         write_json(temporary / "config.json", config.to_hf())
-        write_json(temporary / MANIFEST, manifest)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(temporary.resolve() / _ARRAYS, unflatten_dict(arrays))
+        write_json(temporary / MANIFEST, {**manifest, "files": _file_sizes(temporary / _ARRAYS)})
 
 
 def load_native(
@@ -143,6 +143,7 @@ def load_native(
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{folder / MANIFEST} is damaged ({e}); copy it again") from e
     _check_paths(config, manifest["params"], str(folder / MANIFEST))
+    _check_files(folder / _ARRAYS, manifest.get("files"))
     compute_dtype = jnp.dtype(config.dtype if dtype is None else dtype)
     shardings = _shardings(values, config, mesh, axis)
     restored = _restore(folder, values, shardings, host=place is not None)
@@ -230,6 +231,25 @@ def _check_paths(config: ModelConfig, entries: Mapping[str, Any], what: str) -> 
         shape = fields["value" if "value" in fields else "qvalue"]["shape"]
         if shape != wanted[path]:
             raise CheckpointError(f"{what}: {path} has shape {shape}, config needs {wanted[path]}")
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _check_files(folder: Path, wanted: Any) -> None:
+    """Truncated and missing files are found here: Orbax reports the first of many failed reads and
+    leaves the others to fail in the background."""
+    if not isinstance(wanted, Mapping):
+        raise CheckpointError(f"{folder.parent / MANIFEST} lists no files; copy it again")
+    sizes = _file_sizes(folder)
+    for name, size in wanted.items():
+        if sizes.get(name) != size:
+            found = "is missing" if name not in sizes else f"has {sizes[name]} bytes"
+            raise CheckpointError(
+                f"{folder / name} {found}, it was written with {size}; copy the checkpoint again"
+            )
 
 
 def _packed(array: Any) -> bool:
