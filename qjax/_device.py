@@ -178,11 +178,13 @@ def probe_dot(lhs: str, rhs: str, accumulator: str) -> DotSupport:
 
 def _read_dot(hlo: str, lhs: str, rhs: str, accumulator: str) -> DotSupport:
     target = re.search(r'custom_call_target="(__[^"]*(?:matmul|gemm)[^"]*)"', hlo)
-    pattern = r"custom-call\(" if target else r"\bdot\("
-    line = next((row for row in hlo.splitlines() if re.search(pattern, row)), None)
+    mark = target.group(0) if target else " dot("
+    line = next((row for row in hlo.splitlines() if mark in row), None)
     if line is None:
         return DotSupport(lhs, rhs, accumulator, False, "no dot found in the compiled program")
-    names = re.findall(r"%[\w.\-]+", line.split("(", 1)[1])[:2]
+    # A library call may return a tuple, whose type has brackets of its own before the operands.
+    operands = line.split("custom-call(" if target else " dot(", 1)[1]
+    names = re.findall(r"%[\w.\-]+", operands)[:2]
     used = tuple(_operand_type(hlo, name) for name in names)
     call = target.group(1) if target else "XLA dot"
     if used == (lhs, rhs):

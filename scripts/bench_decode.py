@@ -1,0 +1,257 @@
+"""Decode speed at a model's real shape with random weights, for every format and batch size.
+
+One decode program runs many steps with unrolled layers and a donated cache; blocks of it are queued
+without waiting, and the clock is read when the last has finished, so host overhead is spread over
+all steps. Every format runs in a process of its own, with a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax._device import compiler_options, device_info
+from qjax.formats import FORMATS, parse_format
+from qjax.generate import activation_qtype, decode
+from qjax.kv_format import parse_kv_format
+from qjax.models.decoder import Decoder
+from qjax.quantize import quantized_nbytes
+from qjax.serving.report import format_bytes
+from qjax.serving.synthetic import SHAPES, random_cache, random_params, running_state, step_bytes
+
+EPILOG = """\
+examples
+  python scripts/bench_decode.py --shape llama-3.1-8b --formats bf16,fp8,int8,int4
+  python scripts/bench_decode.py --shape tiny --formats bf16,int4 --steps 8   (on any machine)
+
+columns
+  TB/s     bytes that a step must read (all weights, cached tokens) over its time
+  floor    time to read these bytes at the memory's data-sheet rate, over the time taken
+  vs bf16  tokens/s over those of bf16 at the same batch size
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="llama-3.1-8b", help="model shape (%(default)s)")
+    add("--formats", default="bf16,fp8,int8,int4,w8a8_fp8,w8a8_int8", help="(%(default)s)")
+    add("--batch-sizes", default="1,64", help="sequences that decode together (%(default)s)")
+    add("--context", type=int, default=1024, help="cached tokens per sequence (%(default)s)")
+    add("--kv-cache-dtype", default="bf16", help="as in serve.py (%(default)s)")
+    add("--kv-scale-mode", choices=("tracked", "dynamic"), default="tracked")
+    add("--page-size", type=int, default=64, help="tokens per page (%(default)s)")
+    add("--steps", type=int, default=32, help="decode steps per program (%(default)s)")
+    add("--blocks", type=int, default=4, help="programs per measurement (%(default)s)")
+    add("--repeats", type=int, default=3, help="measurements; the median counts (%(default)s)")
+    add("--time-limit", type=float, default=300.0, help="seconds per format (%(default)s)")
+    add("--output", metavar="FILE.jsonl", help="append rows here as they are measured")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement, or the reason why there is none."""
+
+    shape: str
+    format: str
+    kv_cache_dtype: str
+    batch: int
+    context: int
+    device: str = ""
+    jax: str = jax.__version__
+    tokens_per_s: float | None = None
+    ms_per_step: float | None = None
+    spread: float | None = None
+    weight_bytes: int | None = None
+    step_bytes: int | None = None
+    tb_per_s: float | None = None
+    floor_fraction: float | None = None
+    compile_s: float | None = None
+    error: str | None = None
+
+
+def measure(args: argparse.Namespace, name: str, batch: int, params: Any) -> Row:
+    """Time decode steps of one batch size."""
+    config = SHAPES[args.shape]
+    module = Decoder(config, dtype=jnp.bfloat16)
+    fmt = parse_kv_format(args.kv_cache_dtype, mode=args.kv_scale_mode, model_dtype=module.dtype)
+    # Every block starts at the same length, so that the middle of it is at the context length.
+    start = args.context - args.steps // 2
+    cache = random_cache(config, fmt, batch, start + args.steps, args.page_size)
+    state = running_state(config.vocab_size, batch, start)
+    read = step_bytes(params, cache, batch, args.context)
+    program = jax.jit(
+        functools.partial(decode, module.apply, (), args.steps, True), donate_argnums=(1, 2)
+    )
+    steps = jnp.int32(args.steps)
+    begin = time.perf_counter()
+    lowered = program.lower(params, cache, state, steps)
+    compiled = lowered.compile(compiler_options=compiler_options(activation_qtype(params)))
+    compile_s = time.perf_counter() - begin
+    lengths = np.full((batch,), start, np.int32)
+
+    def block() -> tuple[Any, Any]:
+        nonlocal cache, state
+        state = dataclasses.replace(state, lengths=jnp.asarray(lengths))
+        cache, state, tokens, finite = compiled(params, cache, state, steps)
+        return tokens, finite
+
+    tokens, finite = jax.device_get(block())
+    if not finite.all() or not ((tokens >= 0) & (tokens < config.vocab_size)).all():
+        raise FloatingPointError("logits are not finite: this time would mean nothing")
+    seconds = []
+    for _ in range(args.repeats):
+        begin = time.perf_counter()
+        for _ in range(args.blocks):
+            last = block()
+        jax.block_until_ready(last)
+        seconds.append((time.perf_counter() - begin) / (args.blocks * args.steps))
+    median = statistics.median(seconds)
+    info = device_info()
+    floor = None if info.peaks is None else read / info.peaks.bytes_per_s / median
+    return Row(
+        shape=args.shape,
+        format=name,
+        kv_cache_dtype=fmt.name,
+        batch=batch,
+        context=args.context,
+        device=info.kind,
+        tokens_per_s=batch / median,
+        ms_per_step=median * 1e3,
+        spread=(max(seconds) - min(seconds)) / median,
+        weight_bytes=quantized_nbytes(params),
+        step_bytes=read,
+        tb_per_s=read / median / 1e12,
+        floor_fraction=floor,
+        compile_s=compile_s,
+    )
+
+
+def work(args: argparse.Namespace) -> None:
+    """In a child process: measure one format and print one JSON line per batch size."""
+    (name,) = args.formats.split(",")
+    params = random_params(SHAPES[args.shape], parse_format(name))
+    for batch in map(int, args.batch_sizes.split(",")):
+        try:
+            row = measure(args, name, batch, params)
+        except (jax.errors.JaxRuntimeError, FloatingPointError, NotImplementedError) as error:
+            row = failed(args, name, batch, str(error).strip().splitlines()[0][:200])
+        print(json.dumps(dataclasses.asdict(row)), flush=True)
+
+
+def failed(args: argparse.Namespace, name: str, batch: int, reason: str) -> Row:
+    """A row without figures."""
+    return Row(args.shape, name, args.kv_cache_dtype, batch, args.context, error=reason)
+
+
+def run_format(args: argparse.Namespace, name: str) -> list[Row]:
+    """Measure one format in a child process."""
+    command = [sys.executable, __file__, "--worker", "--formats", name]
+    for flag in ("shape", "batch_sizes", "context", "kv_cache_dtype", "kv_scale_mode"):
+        command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
+    for flag in ("page_size", "steps", "blocks", "repeats"):
+        command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
+    reason = "the process ended without a result"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.time_limit)
+        output = done.stdout
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [reason])[-1][:200]
+    except subprocess.TimeoutExpired as expired:
+        output = expired.stdout or b""
+        output = output.decode() if isinstance(output, bytes) else output
+        reason = f"not finished within --time-limit {args.time_limit:g} s"
+    rows = [Row(**json.loads(line)) for line in output.splitlines() if line.startswith("{")]
+    measured = {row.batch for row in rows}
+    missing = [b for b in map(int, args.batch_sizes.split(",")) if b not in measured]
+    return rows + [failed(args, name, batch, reason) for batch in missing]
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table."""
+    bf16 = {row.batch: row.tokens_per_s for row in rows if row.format in ("bf16", "none")}
+    lines = [
+        "| format | KV | batch | tokens/s | ms/step | weights | TB/s | floor | vs bf16 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        head = f"| {row.format} | {row.kv_cache_dtype} | {row.batch} |"
+        if row.tokens_per_s is None or row.ms_per_step is None or row.weight_bytes is None:
+            lines.append(f"{head} {row.error} |||||| |")
+            continue
+        reference = bf16.get(row.batch)
+        floor = "-" if row.floor_fraction is None else f"{row.floor_fraction:.1%}"
+        ratio = "-" if not reference else f"{row.tokens_per_s / reference:.2f}"
+        lines.append(
+            f"{head} {row.tokens_per_s:,.1f} | {row.ms_per_step:.3f} | "
+            f"{format_bytes(row.weight_bytes)} | {row.tb_per_s:.3f} | {floor} | {ratio} |"
+        )
+    return lines
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what every child process would refuse.
+
+    Raises:
+      ValueError: With the value and what is possible.
+    """
+    for name in args.formats.split(","):
+        if name not in FORMATS:
+            raise ValueError(f"unknown format {name!r}; choose from {', '.join(FORMATS)}")
+    parse_kv_format(args.kv_cache_dtype, model_dtype=jnp.bfloat16)
+    if not all(part.isdigit() and int(part) for part in args.batch_sizes.split(",")):
+        raise ValueError(f"--batch-sizes {args.batch_sizes!r} must be numbers such as 1,64")
+    for name in ("steps", "blocks", "repeats", "page_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    longest = SHAPES[args.shape].max_position_embeddings
+    if not args.steps // 2 < args.context <= longest - args.steps:
+        raise ValueError(
+            f"--context {args.context} must lie between half of --steps {args.steps} and "
+            f"{longest - args.steps} for {args.shape}"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit code, 1 if any row failed."""
+    args = build_parser().parse_args(argv)
+    try:
+        check(args)
+    except ValueError as error:
+        print(f"bench_decode.py: error: {error}", file=sys.stderr)
+        return 2
+    if args.worker:
+        work(args)
+        return 0
+    rows = []
+    for name in args.formats.split(","):
+        for row in run_format(args, name):
+            rows.append(row)
+            line = json.dumps(dataclasses.asdict(row))
+            print(line, flush=True)
+            if args.output is not None:
+                with open(args.output, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+    print("\n" + "\n".join(table(rows)))
+    return int(any(row.error for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
