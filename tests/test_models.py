@@ -140,6 +140,20 @@ def test_prefill_in_chunks_equals_one_pass(stories: LoadedModel) -> None:
     np.testing.assert_allclose(second[1, :7], whole[1, 10:17], atol=F32_LOGITS, rtol=0)
 
 
+def test_sliding_window_through_the_cache() -> None:
+    config = dataclasses.replace(TINY, num_layers=2, layer_windows=(3, None), attention_bias=True)
+    module = Decoder(config, dtype=jnp.float32)
+    tokens = np.random.default_rng(0).integers(0, 32, (1, 20)).astype(np.int32)
+    params, apply = random_params(module, jnp.asarray(tokens)), jitted(module)
+    whole = np.asarray(apply(params, tokens)[0])
+    full = Decoder(dataclasses.replace(config, layer_windows=()), dtype=jnp.float32)
+    assert np.abs(whole - jitted(full)(params, tokens)[0])[0, 3:].max() > 1e-2  # it matters
+    cache = new_cache(config, pages=2)
+    for i in range(20):
+        logits, cache = apply(params, tokens[:, i : i + 1], np.full((1, 1), i, np.int32), cache)
+        np.testing.assert_allclose(logits[0, 0], whole[0, i], atol=F32_LOGITS, rtol=0)
+
+
 def test_logits_at_and_padding() -> None:
     module = Decoder(TINY, dtype=jnp.float32)
     tokens = jnp.asarray([[1, 2, 3, 4], [5, 6, 7, 8]], jnp.int32)
@@ -157,39 +171,47 @@ def test_logits_at_and_padding() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_parameter_names_and_training(tied: bool) -> None:
-    config = dataclasses.replace(TINY, tie_word_embeddings=tied, qk_norm=True)
-    module = Decoder(config, remat=tied)  # bfloat16 compute, float32 parameters
-    tokens = jnp.asarray([[1, 2, 3, 4, 5, 6, 7, 8]], jnp.int32)
-    params = jax.jit(module.init)(jax.random.key(0), tokens)["params"]
-    flat = {jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in _leaves(params)}
+def test_parameter_names(tied: bool) -> None:
+    config = dataclasses.replace(TINY, tie_word_embeddings=tied, qk_norm=True, mlp_bias=True)
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+    flat = {jax.tree_util.keystr(k, simple=True, separator="/"): x for k, x in _leaves(shapes)}
     block = "model/layers_0/"
-    assert flat == (
+    assert flat.keys() == (
         {"model/embed_tokens/embedding", "model/norm/weight"}
         | {block + f"self_attn/{n}_proj/kernel" for n in "qkvo"}
         | {block + f"self_attn/{n}_norm/weight" for n in "qk"}
-        | {block + f"mlp/{n}_proj/kernel" for n in ("gate", "up", "down")}
+        | {block + f"mlp/{n}_proj/{x}" for n in ("gate", "up", "down") for x in ("kernel", "bias")}
         | {block + f"{n}_layernorm/weight" for n in ("input", "post_attention")}
         | (set() if tied else {"lm_head/kernel"})
     )
-    assert all(x.dtype == jnp.float32 for _, x in _leaves(params))
+    assert all(x.dtype == jnp.float32 for x in flat.values())
+    assert flat[block + "self_attn/k_proj/kernel"].shape == (16, 8)
+
+
+def test_training() -> None:
+    config = dataclasses.replace(TINY, tie_word_embeddings=True, qk_norm=True)
+    module = Decoder(config, remat=True)  # bfloat16 compute, float32 parameters
+    tokens = jnp.asarray([[1, 2, 3, 4, 5, 6, 7, 8]], jnp.int32)
+    params = jax.jit(module.init)(jax.random.key(0), tokens)["params"]
     optimizer = optax.sgd(1.0)
 
     @jax.jit
-    def step(params: Any, state: Any) -> Any:
+    def train(params: Any) -> jax.Array:
         def loss(params: Any) -> jax.Array:
             logits = module.apply({"params": params}, tokens[:, :-1])[0]
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
             return jnp.mean(losses)
 
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(params, updates), state, value
+        def step(carry: Any, _: None) -> Any:
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, state = optimizer.update(grads, state)
+            return (optax.apply_updates(params, updates), state), value
 
-    state, losses = optimizer.init(params), []
-    for _ in range(30):
-        params, state, value = step(params, state)
-        losses.append(float(value))
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=30)[1]
+
+    losses = np.asarray(train(params))
     assert losses[0] == pytest.approx(np.log(32), rel=0.05)  # starts at no opinion
     assert losses[-1] < 0.5 * losses[0]
 
