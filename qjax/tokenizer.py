@@ -18,10 +18,13 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
-# One character takes up to four byte tokens; one more may wait for the start of the next.
-_MAX_PENDING = 5
-# Tokens of context that decide how the next one is spelt (leading space, joined bytes).
-_CONTEXT = 6
+_UNKNOWN = "\ufffd"
+# A character has up to four bytes, of which three may have come.
+_MAX_INCOMPLETE = 3
+# Tokens after which bytes that make no sense are given out as they are.
+_MAX_HELD = 8
+# Tokens of the prompt that decide how the next one is spelt; and the most ever decoded at once.
+_CONTEXT, _WINDOW = 6, 64
 
 
 class Tokenizer:
@@ -169,8 +172,10 @@ class Tokenizer:
 class TokenStream:
     """Text of tokens that arrive one by one; the pieces join to the text of the whole.
 
-    A piece is held back while it ends inside a character. Tokens are decoded together with a few
-    before them, because a token alone does not tell whether a space precedes it.
+    Tokens are decoded together with those of the piece before, because a token alone does not tell
+    whether a space precedes it. What may still change is held back: up to three U+FFFD at the end
+    may be the bytes of one incomplete character, and decoders with byte fallback void a whole run
+    of bytes, earlier characters included, until its last one is complete.
     """
 
     def __init__(
@@ -178,39 +183,48 @@ class TokenStream:
     ):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._ids = list(context[-_CONTEXT:])
-        self._done = len(self._ids)  # ids whose text has been given out
+        size = _CONTEXT
+        self._ids = list(context[-size:])
+        # Start at a whole character.
+        while self._text().startswith(_UNKNOWN) and len(self._ids) < min(len(context), _WINDOW):
+            size += 1
+            self._ids = list(context[-size:])
+        self._boundary = len(self._ids)  # where the last complete piece ended
+        self._given = self._text()  # text of the window that has been given out
+        self._held = 0  # tokens since the text last made sense
 
     def push(self, ids: int | Iterable[int]) -> str:
         """Add tokens; returns the text that is complete now, possibly empty."""
-        self._ids.extend([ids] if isinstance(ids, int) else ids)
-        return self._emit(final=False)
+        return "".join(self._push_one(id) for id in ([ids] if isinstance(ids, int) else ids))
 
     def flush(self) -> str:
         """The text still held back, with U+FFFD for an incomplete character."""
-        return self._emit(final=True)
+        return self._advance(self._text())
 
-    def _emit(self, final: bool) -> str:
-        pending = len(self._ids) - self._done
-        if not pending:
-            return ""
-        before = self._decode(self._ids[: self._done])
-        whole = self._decode(self._ids)
-        # The end of a broken character counts as text only when nothing can complete it any more.
-        if whole.endswith("\ufffd") and not final and pending < _MAX_PENDING:
-            return ""
-        if len(whole) <= len(before):
-            if not final and pending < _MAX_PENDING:
+    def _push_one(self, id: int) -> str:
+        self._ids.append(id)
+        self._held += 1
+        whole = self._text()
+        complete = whole
+        if len(self._ids) < _WINDOW:
+            for _ in range(_MAX_INCOMPLETE):
+                complete = complete.removesuffix(_UNKNOWN)
+            if not complete.startswith(self._given) and self._held < _MAX_HELD:
                 return ""
-            text = ""
-        else:
-            text = whole[len(before) :]
-        self._ids = self._ids[-_CONTEXT:]
-        self._done = len(self._ids)
+        text = self._advance(complete)
+        if text and complete == whole:
+            # Nothing is open: only this piece is needed to decode the next.
+            del self._ids[: self._boundary]
+            self._boundary, self._given = len(self._ids), self._text()
         return text
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+    def _advance(self, complete: str) -> str:
+        text = complete[len(self._given) :]
+        self._given, self._held = complete, 0
+        return text
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
