@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -348,7 +349,7 @@ def attention(
     if dtype.itemsize > 2:
         out = _masked_attention_fwd(*operands, scale)[0]
     else:
-        out = _masked_attention(*operands, scale)
+        out = cast(Array, _masked_attention(*operands, scale))
     out = out.reshape(b, heads, group, t, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(q.shape).astype(q.dtype)
 
