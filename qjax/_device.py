@@ -82,22 +82,21 @@ def peaks_of(kind: str) -> Peaks | None:
     return None
 
 
-def device_info(device: jax.Device | None = None) -> DeviceInfo:
-    """Describe ``device``, by default the first one."""
-    device = jax.devices()[0] if device is None else device
+def device_info() -> DeviceInfo:
+    """Describe the default device."""
+    device = jax.devices()[0]
+    platform, kind = device.platform, device.device_kind
     capability = getattr(device, "compute_capability", None)
-    architecture = None
-    if device.platform == "gpu" and capability:
-        architecture = "sm_" + str(capability).replace(".", "")
+    on_gpu = platform == "gpu"
     stats = device.memory_stats() or {}
     return DeviceInfo(
-        platform=device.platform,
-        kind=device.device_kind,
-        architecture=architecture,
-        core_count=getattr(device, "core_count", None) if device.platform == "gpu" else None,
+        platform=platform,
+        kind=kind,
+        architecture="sm_" + str(capability).replace(".", "") if on_gpu and capability else None,
+        core_count=getattr(device, "core_count", None) if on_gpu else None,
         memory_bytes=stats.get("bytes_limit"),
-        count=sum(d.platform == device.platform for d in jax.local_devices()),
-        peaks=peaks_of(device.device_kind),
+        count=sum(d.platform == platform for d in jax.local_devices()),
+        peaks=peaks_of(kind),
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -71,7 +72,7 @@ def requests(**settings: Any) -> list[Request]:
     return [
         Request(
             tuple(rng.integers(4, VOCAB, n).tolist()),
-            SamplingParams(max_new_tokens=new, **({"seed": n} | settings)),
+            dataclasses.replace(SamplingParams(max_new_tokens=new, seed=n), **settings),
         )
         for n, new in sizes
     ]

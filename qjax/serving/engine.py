@@ -341,6 +341,7 @@ class Engine:
         last, stops = np.zeros(rows, bool), np.zeros(rows, bool)
         params = [task.request.params for task in tasks]
         for row, task in enumerate(tasks):
+            assert task.slot is not None
             part = task.request.prompt[task.prefilled : task.prefilled + length]
             tokens[row, : len(part)] = part
             starts[row], counts[row] = task.prefilled, len(part)
@@ -348,10 +349,15 @@ class Engine:
             task.prefilled += len(part)
             last[row] = task.prefilled == len(task.request.prompt)
             stops[row] = not params[row].ignore_eos
-        sampling = SamplingArrays.of(params + [SamplingParams()] * (rows - len(tasks)))
-        ints = [jnp.asarray(x) for x in (tokens, starts, counts, slots)]
         batch = PrefillBatch(
-            *ints, jnp.asarray(last), jnp.asarray(limits), jnp.asarray(stops), sampling
+            tokens=jnp.asarray(tokens),
+            starts=jnp.asarray(starts),
+            counts=jnp.asarray(counts),
+            slots=jnp.asarray(slots),
+            last=jnp.asarray(last),
+            limits=jnp.asarray(limits),
+            stops=jnp.asarray(stops),
+            sampling=SamplingArrays.of(params + [SamplingParams()] * (rows - len(tasks))),
         )
         chosen, seconds = self._call(("prefill", rows, length), self._prefill, batch, tasks)
         self.stats.prefill_seconds += seconds
