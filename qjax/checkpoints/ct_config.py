@@ -179,7 +179,7 @@ def _scheme(name: str, group: Mapping[str, Any], storage: Any, where: str) -> Sc
             )
         return None
     storage = group.get("format") or storage
-    if storage not in _STORAGE:
+    if not isinstance(storage, str) or storage not in _STORAGE:
         raise CheckpointError(
             f"{where}: format={storage!r} is not supported; supported are {', '.join(_STORAGE)}"
             + (" (each group of a mixed-precision model)" if storage == "mixed-precision" else "")

@@ -209,7 +209,7 @@ class ModeloptReader:
 
 
 def _known(algorithm: Any, where: str) -> None:
-    if algorithm not in _ALGORITHMS:
+    if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS:
         raise CheckpointError(
             f"{where}: quant_algo={algorithm!r} is not supported; supported are "
             f"{', '.join(_ALGORITHMS)}"
@@ -232,10 +232,10 @@ def _kv_dtype(config: Mapping[str, Any], where: str) -> str | None:
     if algorithm is None and isinstance(config.get("kv_cache_scheme"), Mapping):
         scheme = config["kv_cache_scheme"]
         found = (scheme.get("type"), scheme.get("num_bits"))
-        algorithm = {("float", 8): "FP8", ("int", 8): "INT8"}.get(found, str(found))
+        algorithm = {str(("float", 8)): "FP8", str(("int", 8)): "INT8"}.get(str(found), str(found))
     if algorithm in (None, "", "none"):
         return None
-    if algorithm not in _KV_DTYPES:
+    if not isinstance(algorithm, str) or algorithm not in _KV_DTYPES:
         raise CheckpointError(
             f"{where}: kv_cache_quant_algo={algorithm!r} is not supported; supported are "
             f"{', '.join(_KV_DTYPES)} (remove the key to use another cache)"
