@@ -248,6 +248,7 @@ def test_every_value_of_the_config_replaced(damaged: pathlib.Path) -> None:
 def test_configs_that_contradict_the_tensors(damaged: pathlib.Path) -> None:
     config = read_json(damaged / "config.json")
     quantization = config["quantization_config"]
+    (damaged / "quantize_config.json").unlink(missing_ok=True)  # GPTQ's second copy
     changes: list[dict[str, Any]] = [
         {**config, "hidden_size": 32},
         {**config, "num_hidden_layers": 3},
@@ -286,7 +287,7 @@ def test_configs_that_contradict_the_tensors(damaged: pathlib.Path) -> None:
             (("quant_algo",), "FP8_PER_CHANNEL_PER_TOKEN"),
             (("ignore",), ["*q_proj"]),
         ],
-        "gptq": [(("bits",), 8), (("group_size",), 16)],
+        "gptq": [(("bits",), 8), (("group_size",), 16), (("sym",), True)],
         "awq": [(("group_size",), 16), (("zero_point",), False)],
     }[quantization["quant_method"]]
     for path, value in other:
