@@ -1,0 +1,93 @@
+"""What a calibration run reports: JSON for programs, Markdown for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qjax._files import write_text_atomic
+from qjax.calibrate.block import LayerResult
+
+JSON_NAME = "calibration_report.json"
+MARKDOWN_NAME = "calibration_report.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Result of a run, without anything that differs between two equal runs.
+
+    Attributes:
+      model: Name of the source folder.
+      method: The method.
+      format: Name of the main format, or None.
+      samples: Calibration sequences.
+      tokens: Tokens in them.
+      layers: One entry for each linear layer.
+      bytes_before: Size of the unquantized weights.
+      bytes_after: Size of all weights now, with scales.
+    """
+
+    model: str
+    method: str
+    format: str | None
+    samples: int
+    tokens: int
+    layers: Sequence[LayerResult]
+    bytes_before: int
+    bytes_after: int
+
+    def mean_ratio(self) -> float | None:
+        """Mean of error / RTN error over the layers where both were measured."""
+        return mean_ratio(self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self) | {"layers": [dataclasses.asdict(x) for x in self.layers]}
+
+    def to_markdown(self) -> str:
+        """A table of all layers under a summary."""
+        lines = [
+            f"# Calibration of {self.model}",
+            "",
+            f"Method {self.method}, format {self.format or 'by rules'}, {self.samples} samples, "
+            f"{self.tokens} tokens. Weights {self.bytes_before / 1e6:.2f} MB before, "
+            f"{self.bytes_after / 1e6:.2f} MB after.",
+            "",
+            "Errors are relative errors of a layer's output on the calibration text: of rounding "
+            "to "
+            "nearest (RTN), and of what was written.",
+            "",
+        ]
+        ratio = self.mean_ratio()
+        if ratio is not None:
+            lines += [f"Mean error relative to RTN: {ratio:.3f}.", ""]
+        lines += ["| layer | format | RTN | chosen | ratio | damping | note |", "|" + "---|" * 7]
+        for x in self.layers:
+            name = x.path.removesuffix("/kernel")
+            if x.format is None or x.error is None or x.error_rtn is None:
+                lines.append(f"| {name} | {x.format or '-'} | - | - | - | - | {x.note} |")
+                continue
+            share = f"{x.error / x.error_rtn:.3f}" if x.error_rtn > 0 else "-"
+            damping = f"{x.damping:g}" if x.damping else "-"
+            notes = [x.note] if x.note else []
+            if x.dead:
+                notes.append(f"{x.dead} channels never active")
+            lines.append(
+                f"| {name} | {x.format} | {x.error_rtn:.4g} | {x.error:.4g} | {share} | {damping} "
+                f"| {'; '.join(notes)} |"
+            )
+        return "\n".join(lines) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write both files into a folder."""
+        write_text_atomic(folder / JSON_NAME, json.dumps(self.to_json(), indent=2) + "\n")
+        write_text_atomic(folder / MARKDOWN_NAME, self.to_markdown())
+
+
+def mean_ratio(layers: Sequence[LayerResult]) -> float | None:
+    """Mean of error / RTN error over the layers where both were measured; None if there is none."""
+    ratios = [x.error / x.error_rtn for x in layers if x.error is not None and x.error_rtn]
+    return sum(ratios) / len(ratios) if ratios else None

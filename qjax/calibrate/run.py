@@ -1,0 +1,381 @@
+"""The sequential driver: block by block, from a checkpoint folder to a quantized one.
+
+One block at a time is read, quantized and stored; the calibration activations are then run through
+the quantized block, so that the next one is calibrated on what it will really see. In memory are
+one block and the activations, whatever the size of the model. A run that was killed goes on behind
+the last finished block and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from qjax.calibrate.block import LayerResult, quantize_block, round_kernel
+from qjax.calibrate.linears import Batch, run_block
+from qjax.calibrate.report import Report, mean_ratio
+from qjax.calibrate.settings import Settings
+from qjax.calibrate.store import BlockStore, fingerprint, to_device
+from qjax.calibration.stats import init_hessian, output_error, update_hessian
+from qjax.checkpoints.errors import CheckpointError
+from qjax.checkpoints.export import EXPORT_FORMATS, save_model
+from qjax.checkpoints.layout import Leaf, check_tensors, model_leaves
+from qjax.checkpoints.native import save_native
+from qjax.checkpoints.quantized import find_reader
+from qjax.checkpoints.reader import KVScales
+from qjax.checkpoints.safetensors_io import SafetensorsCheckpoint, read_json
+from qjax.checkpoints.writer import Linears
+from qjax.formats import QuantFormat
+from qjax.models.config import ModelConfig
+from qjax.models.decoder import DecoderLayer
+from qjax.nn import RMSNorm
+from qjax.numerics import bound
+from qjax.quantize import match_rules, quantize, quantized_nbytes
+from qjax.quantized_array import QuantizedArray
+from qjax.typing import Array
+
+Samples = tuple[np.ndarray, np.ndarray]
+EXPORTS = ("native", *(name for name in EXPORT_FORMATS if name != "none"))
+_EMBEDDING = "model/embed_tokens/embedding"
+_HEAD = "lm_head/kernel"
+
+
+def calibrate_checkpoint(
+    source: str | Path,
+    output: str | Path,
+    settings: Settings,
+    samples: Samples | None,
+    *,
+    export: str = "compressed-tensors",
+    batch_tokens: int = 8192,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Quantize a checkpoint folder.
+
+    Args:
+      source: Folder of an unquantized Hugging Face checkpoint.
+      output: Folder to write; finished blocks wait in ``.NAME.calibration`` beside it meanwhile.
+      settings: Method, formats and options.
+      samples: ``(tokens, valid)``, int32 and bool ``(samples, length)``; None if the settings need
+        no data.
+      export: ``"native"`` or a format of ``qjax.checkpoints.export``.
+      batch_tokens: Tokens per forward pass.
+      overwrite: Replace ``output``.
+      progress: Show a progress bar on standard error.
+
+    Returns:
+      The report, which is also written into the folder.
+
+    Raises:
+      CheckpointError: If the source cannot be read, or the export format cannot hold the result;
+        before any work.
+      ValueError: If settings do not fit the model or each other.
+    """
+    run = _Run(Path(source), settings, samples, batch_tokens)
+    output = Path(output).absolute()
+    _check_target(run, output, export, overwrite)
+    work = output.parent / f".{output.name}.calibration"
+    store = BlockStore(work, run.identity())
+    pieces, layers, kv_scales = run.blocks(store, progress)
+    params = run.assemble(pieces)
+    report = run.report(layers, params)
+    # Written beside the work and then renamed, so that the report is in place when the folder is.
+    finished = work / "model"
+    common: dict[str, Any] = {"source": run.folder, "kv_scales": kv_scales, "overwrite": True}
+    if export == "native":
+        save_native(finished, run.config, to_device(params), **common)
+    else:
+        save_model(finished, run.config, params, export, progress=progress, **common)
+    report.write(finished)
+    if output.exists():
+        shutil.rmtree(output)
+    finished.rename(output)
+    shutil.rmtree(work)
+    return report
+
+
+def _check_target(run: _Run, output: Path, export: str, overwrite: bool) -> None:
+    if export not in EXPORTS:
+        raise ValueError(f"unknown {export=}; choose one of {', '.join(EXPORTS)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+        raise CheckpointError(f"{output} exists and is not empty; choose another, or overwrite it")
+    factory = EXPORT_FORMATS.get(export)
+    if factory is None:
+        return
+    heads = (np.ones((run.config.num_kv_heads,), np.float32),) * run.config.num_layers
+    kv_dtype = run.settings.kv_dtype
+    scales = None if kv_dtype is None else KVScales(heads, heads, kv_dtype)
+    quantized, plain = {}, {}
+    for leaf in run.leaves:
+        fmt = run.formats.get(leaf.path)
+        if fmt is not None:
+            quantized[leaf.layer] = _placeholder(leaf, fmt, run.dtype)
+        elif leaf.is_kernel:
+            plain[leaf.layer] = leaf.shape
+    factory(Linears(quantized, plain, scales))
+
+
+def _placeholder(leaf: Leaf, fmt: QuantFormat, dtype: Any) -> QuantizedArray:
+    """What the result will look like; its zeros take no memory until somebody reads them."""
+    counts = tuple(
+        -(-size // tile) for size, tile in zip(leaf.shape, fmt.tiles(leaf.shape, 0), strict=True)
+    )
+    static = fmt.activation is not None and not fmt.activation.dynamic
+    host: list[Any] = [
+        np.zeros(leaf.shape, fmt.storage_dtype),
+        np.ones(counts, jnp.dtype(fmt.scale_dtype)),
+        None if fmt.symmetric else np.zeros(counts, np.int8),
+        np.float32(1) if static else None,
+    ]
+    return QuantizedArray(host[0], host[1], host[2], None, None, host[3], fmt, dtype)
+
+
+class _Run:
+    """One model with its settings and data."""
+
+    def __init__(
+        self, folder: Path, settings: Settings, samples: Samples | None, batch_tokens: int
+    ):
+        if samples is None and settings.needs_data:
+            raise ValueError(f"method={settings.method!r} needs calibration text")
+        self.folder, self.settings, self.samples = folder, settings, samples
+        raw = read_json(folder / "config.json")
+        self.config = ModelConfig.from_hf(raw)
+        self.checkpoint = SafetensorsCheckpoint(folder)
+        reader = find_reader(folder, raw, self.checkpoint.tensors)
+        if reader is not None:
+            raise CheckpointError(
+                f"{folder} is quantized already ({reader.name}); calibrate the original checkpoint"
+            )
+        self.leaves = model_leaves(self.config)
+        check_tensors(self.config, self.leaves, self.checkpoint, None)
+        kernels = [leaf.path for leaf in self.leaves if leaf.is_kernel]
+        self.formats = match_rules(kernels, settings.ordered_rules())
+        if not any(self.formats.values()):
+            raise ValueError("no layer is left to quantize; give a format, or fewer rules")
+        self.dtype = jnp.dtype(self.config.dtype)
+        self.batch_tokens = batch_tokens
+        if samples is not None and int(samples[0].max()) >= self.config.vocab_size:
+            raise ValueError(
+                f"token {int(samples[0].max())} is outside the vocabulary of "
+                f"{self.config.vocab_size}; the tokenizer does not belong to this model"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the result."""
+        files = {info.file for info in self.checkpoint.tensors.values()}
+        values = {
+            "settings": self.settings.to_json(),
+            "model": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)},
+            "config": read_json(self.folder / "config.json"),
+            "batch_tokens": self.batch_tokens,
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+        }
+        if self.samples is not None:
+            values["samples"] = fingerprint(*self.samples)
+        return values
+
+    def read(self, leaf: Leaf) -> Array:
+        """A parameter in the type it is stored in."""
+        array = self.checkpoint[leaf.stored_name(self.checkpoint)]
+        # Copied: on CPU jax would otherwise keep a view of the mapped file.
+        return jnp.array(array.T if leaf.is_kernel else array, copy=True)
+
+    def block_params(self, index: int) -> dict[str, Any]:
+        prefix = f"model/layers_{index}/"
+        params: dict[str, Any] = {}
+        for leaf in self.leaves:
+            if leaf.path.startswith(prefix):
+                _insert(params, leaf.path.removeprefix(prefix), self.read(leaf))
+        self.checkpoint.release()
+        return params
+
+    def module(self, index: int) -> DecoderLayer:
+        # Without a cache the index decides the window only: blocks with the same one share a
+        # compilation.
+        windows = self.config.layer_windows
+        return DecoderLayer(self.config, windows.index(windows[index]), self.dtype)
+
+    def blocks(
+        self, store: BlockStore, progress: bool
+    ) -> tuple[dict[str, Any], list[LayerResult], KVScales | None]:
+        """Quantize all blocks, or take finished ones from the store.
+
+        Returns:
+          Parameters by block, the results of all layers, and the KV cache scales if asked for.
+        """
+        batches = self.embed() if self.samples is not None else []
+        pieces: dict[str, Any] = {}
+        layers: list[LayerResult] = []
+        keys, values = [], []
+        label = f"{self.settings.method} {self.folder.name}"
+        with tqdm(
+            total=self.config.num_layers, desc=label, disable=not progress, unit="block"
+        ) as bar:
+            for index in range(self.config.num_layers):
+                name = f"model/layers_{index}"
+                original = self.block_params(index)
+                make = functools.partial(self.quantize_block, index, f"{name}/", original, batches)
+                params, record = self.piece(store, f"block-{index:05d}", f"{name}/", make)
+                layers += [LayerResult(**x) for x in record["layers"]]
+                pieces[name] = params
+                if batches:
+                    batches, top = self.advance(index, to_device(params), original, batches)
+                    keys.append(top[0])
+                    values.append(top[1])
+                ratio = mean_ratio(layers[-7:])
+                bar.set_postfix_str("" if ratio is None else f"error {ratio:.2f} of RTN")
+                bar.update()
+        if self.formats.get(_HEAD) is not None:
+            params, record = self.piece(
+                store, "lm_head", "lm_head/", lambda: self.quantize_head(batches)
+            )
+            layers += [LayerResult(**x) for x in record["layers"]]
+            pieces["lm_head"] = params
+        return pieces, layers, self.kv_scales(keys, values)
+
+    def piece(
+        self,
+        store: BlockStore,
+        name: str,
+        prefix: str,
+        make: Callable[[], tuple[dict[str, Any], list[LayerResult]]],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A finished piece; always read back, so that a resumed run sees the same arrays."""
+        if not store.has(name):
+            params, results = make()
+            store.save(name, params, {"layers": [dataclasses.asdict(x) for x in results]})
+        formats = {
+            path.removeprefix(prefix): fmt
+            for path, fmt in self.formats.items()
+            if path.startswith(prefix)
+        }
+        return store.load(name, formats, self.dtype)
+
+    def quantize_block(
+        self, index: int, prefix: str, params: dict[str, Any], batches: list[Batch]
+    ) -> tuple[dict[str, Any], list[LayerResult]]:
+        formats = {p.removeprefix(prefix): f for p, f in self.formats.items()}
+        if batches:
+            module = self.module(index)
+            return quantize_block(module, params, batches, formats, self.settings, prefix=prefix)
+        results = []
+        for leaf in self.leaves:
+            path = leaf.path.removeprefix(prefix)
+            if not leaf.is_kernel or path == leaf.path:
+                continue
+            fmt = formats.get(path)
+            results.append(LayerResult(leaf.path, None if fmt is None else fmt.name))
+            if fmt is not None:
+                _insert(params, path, quantize(self.read(leaf), fmt, dtype=self.dtype))
+        return params, results
+
+    def embed(self) -> list[Batch]:
+        """Embedded samples in batches of one shape."""
+        assert self.samples is not None
+        tokens, valid = self.samples
+        table = next(self.read(leaf) for leaf in self.leaves if leaf.path == _EMBEDDING)
+        rows = max(1, min(self.batch_tokens // tokens.shape[1], len(tokens)))
+        spare = -len(tokens) % rows
+        tokens = np.pad(tokens, ((0, spare), (0, 0)))
+        valid = np.pad(valid, ((0, spare), (0, 0)))
+        batches = []
+        for i in range(0, len(tokens), rows):
+            x = jnp.take(table, jnp.asarray(tokens[i : i + rows]), axis=0).astype(self.dtype)
+            original = x if self.settings.corrects else None
+            batches.append(Batch(x, jnp.asarray(valid[i : i + rows]), original))
+        return batches
+
+    def advance(
+        self, index: int, params: Any, original: Any, batches: list[Batch]
+    ) -> tuple[list[Batch], tuple[np.ndarray, np.ndarray]]:
+        """Run all batches through a block; also the largest keys and values per head."""
+        module, moved = self.module(index), []
+        heads = self.config.num_kv_heads
+        top = (np.zeros((heads,), np.float32), np.zeros((heads,), np.float32))
+        for batch in batches:
+            x, keys, values = run_block(module, params, batch.x, batch.valid)
+            top = (np.maximum(top[0], np.asarray(keys)), np.maximum(top[1], np.asarray(values)))
+            before = batch.original
+            if before is not None:
+                before = run_block(module, original, before, batch.valid)[0]
+            moved.append(Batch(x, batch.valid, before))
+        return moved, top
+
+    def quantize_head(self, batches: list[Batch]) -> tuple[dict[str, Any], list[LayerResult]]:
+        """The output projection, on the final norm's output."""
+        fmt = self.formats[_HEAD]
+        assert fmt is not None
+        leaves = {leaf.path: leaf for leaf in self.leaves}
+        weight = self.read(leaves[_HEAD])
+        if not batches:
+            value = quantize(weight, fmt, dtype=self.dtype)
+            return {"kernel": value}, [LayerResult(_HEAD, fmt.name)]
+        norm = RMSNorm(self.config.rms_norm_eps, self.dtype)
+        variables = {"params": {"weight": self.read(leaves["model/norm/weight"])}}
+        stats = init_hessian(weight.shape[0])
+        for batch in batches:
+            x = norm.apply(variables, batch.x)
+            stats = update_hessian(stats, jnp.asarray(x), batch.valid)
+        value, damping = round_kernel(weight, stats, fmt, self.settings)
+        result = LayerResult(
+            _HEAD,
+            fmt.name,
+            error_rtn=float(output_error(weight, quantize(weight, fmt).dequantize(), stats)),
+            error=float(output_error(weight, value.dequantize(jnp.float32), stats)),
+            damping=damping,
+            tokens=int(stats.count),
+        )
+        return {"kernel": value.astype(self.dtype)}, [result]
+
+    def kv_scales(self, keys: list[np.ndarray], values: list[np.ndarray]) -> KVScales | None:
+        name = self.settings.kv_dtype
+        if name is None:
+            return None
+        top = np.float32(bound(name))
+        scale = lambda x: np.where(x > 0, x / top, np.float32(1)).astype(np.float32)  # noqa: E731
+        return KVScales(tuple(map(scale, keys)), tuple(map(scale, values)), name)
+
+    def assemble(self, pieces: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole parameter tree: finished pieces, and what no piece holds from the source."""
+        params: dict[str, Any] = {}
+        for path, piece in pieces.items():
+            _insert(params, path, piece)
+        for leaf in self.leaves:
+            if not any(leaf.path.startswith(f"{path}/") for path in pieces):
+                array = self.checkpoint[leaf.stored_name(self.checkpoint)]
+                _insert(params, leaf.path, array.T if leaf.is_kernel else array)
+        return params
+
+    def report(self, layers: list[LayerResult], params: Any) -> Report:
+        before = {leaf.stored_name(self.checkpoint) for leaf in self.leaves}
+        fmt = self.settings.fmt
+        valid = None if self.samples is None else self.samples[1]
+        return Report(
+            model=self.folder.name,
+            method=self.settings.method,
+            format=None if fmt is None else fmt.name,
+            samples=0 if valid is None else len(valid),
+            tokens=0 if valid is None else int(valid.sum()),
+            layers=layers,
+            bytes_before=sum(self.checkpoint.tensors[name].nbytes for name in before),
+            bytes_after=quantized_nbytes(params),
+        )
+
+
+def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split("/")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[last] = value

@@ -1,0 +1,99 @@
+"""What a calibration run shall do; everything that decides its result, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from qjax.formats import QuantFormat
+
+METHODS = (
+    "rtn",
+    "gptq",
+    "awq",
+    "awq+gptq",
+    "smoothquant",
+    "smoothquant+gptq",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options of a calibration run.
+
+    Attributes:
+      fmt: Format of the linear layers; None only if every layer that is quantized has a rule.
+      method: One of ``METHODS``. ``awq`` and ``smoothquant`` scale channels and then round to
+        nearest (AWQ with clipping); with ``+gptq`` the scaled weights go through GPTQ.
+      rules: Pairs of a regular expression on parameter paths and a format (None: leave as it is);
+        the first match wins, before ``fmt``. ``lm_head`` is left alone unless a rule names it.
+      damping: GPTQ's damping.
+      order: GPTQ's order of rows.
+      search: GPTQ: search scales by weighted error.
+      sweeps: GPTQ: sweeps of coordinate descent afterwards.
+      sequential: Collect statistics of each group of layers anew, with the groups before it in the
+        block quantized. Without it one pass per block serves all groups.
+      correction: Aim at the original model's outputs instead of the layer's own, with this ridge
+        (``calibration.correction``); None does not. Costs a second pass of the original block.
+        Only methods with GPTQ or AWQ use it.
+      kv_dtype: Also calibrate static KV cache scales for this storage type, or None.
+    """
+
+    fmt: QuantFormat | None
+    method: str = "gptq"
+    rules: tuple[tuple[str, QuantFormat | None], ...] = ()
+    damping: float = 0.01
+    order: str = "group"
+    search: bool = True
+    sweeps: int = 4
+    sequential: bool = True
+    correction: float | None = 0.1
+    kv_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method={self.method!r}; choose one of {', '.join(METHODS)}")
+        if self.correction is not None and not self.correction > 0:
+            raise ValueError(f"correction={self.correction} must be positive, or None for none")
+        if self.sweeps < 0:
+            raise ValueError(f"sweeps={self.sweeps} must not be negative")
+        if self.scaling == "smoothquant" and self.fmt is not None and self.fmt.activation is None:
+            raise ValueError(
+                f"smoothquant is for formats that quantize activations, {self.fmt.name} does not; "
+                "use w8a8_int8 or w8a8_fp8, or method='awq'"
+            )
+
+    @property
+    def scaling(self) -> str | None:
+        """``"awq"``, ``"smoothquant"`` or None."""
+        first = self.method.split("+")[0]
+        return first if first in ("awq", "smoothquant") else None
+
+    @property
+    def rounding(self) -> str:
+        """``"gptq"``, ``"clip"`` or ``"rtn"``."""
+        if self.method.endswith("gptq"):
+            return "gptq"
+        return "clip" if self.method == "awq" else "rtn"
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the original model's activations are needed too."""
+        return self.correction is not None and self.rounding != "rtn"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is needed at all."""
+        return self.method != "rtn" or self.kv_dtype is not None
+
+    def ordered_rules(self) -> Mapping[str, QuantFormat | None]:
+        """The rules, then ``lm_head`` left alone, then ``fmt`` for every other kernel."""
+        ordered = dict(self.rules)
+        if self.fmt is not None:
+            ordered.setdefault(".*/layers_.*/kernel", self.fmt)
+        return ordered
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; two runs with equal ones give equal results on equal data."""
+        return dataclasses.asdict(self)

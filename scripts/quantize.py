@@ -1,0 +1,179 @@
+"""Quantize a checkpoint with calibration: GPTQ, AWQ, SmoothQuant or round to nearest."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from qjax.calibrate.run import EXPORTS, calibrate_checkpoint
+from qjax.calibrate.settings import METHODS, Settings
+from qjax.calibrate.text import read_documents, sample_tokens
+from qjax.checkpoints.hf import resolve_folder
+from qjax.formats import FORMATS, QuantFormat, parse_format
+from qjax.tokenizer import Tokenizer
+
+KV_DTYPES = {"none": None, "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "int8": "int8"}
+
+EPILOG = """\
+methods
+  rtn               round to nearest; needs no text
+  gptq              GPTQ with searched scales, then coordinate descent; the best for INT4
+  awq               channel scaling and clipping
+  awq+gptq          channel scaling, then GPTQ; for models with strong outlier channels
+  smoothquant       for w8a8_*: moves outliers of the activations into the weights
+  smoothquant+gptq  the same, then GPTQ
+
+examples
+  INT4 for any engine that reads compressed-tensors:
+    python scripts/quantize.py --model DIR --method gptq --format int4 \\
+      --text calibration.txt --output DIR-int4
+  W8A8 with static FP8 KV cache scales, the last projections of the MLP left alone:
+    python scripts/quantize.py --model DIR --method smoothquant --format w8a8_int8 \\
+      --kv-cache-dtype fp8_e4m3 --skip-layers '.*/down_proj/kernel' \\
+      --text calibration.txt --output DIR-w8a8
+
+calibration text
+  .jsonl (an object with "text" per line), .json (a list of strings), or plain text in which
+  <|endoftext|> separates documents. It should look like what the model will be used for.
+
+output
+  A checkpoint folder with calibration_report.json and calibration_report.md in it. Finished blocks
+  wait in .OUTPUT.calibration beside it: after an interruption the same command goes on from there,
+  and ends with the same bytes.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder of an unquantized checkpoint, or a hub id")
+    add("--output", required=True, type=Path, help="folder to write")
+    add("--method", default="gptq", choices=METHODS, help="default: %(default)s")
+    add(
+        "--format",
+        default="int4",
+        choices=[name for name, fmt in FORMATS.items() if fmt is not None],
+        help="weight format (and activation format, w8a8_*); default: %(default)s",
+    )
+    add(
+        "--scale-dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="type that scales are rounded to and stored in; default: %(default)s",
+    )
+    add(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="REGEX=FORMAT",
+        help="format of kernels whose path matches (such as 'lm_head/kernel=int8'); repeatable",
+    )
+    add("--skip-layers", metavar="REGEX", help="kernels to leave unquantized")
+    add(
+        "--kv-cache-dtype",
+        default="none",
+        choices=list(KV_DTYPES),
+        help="also calibrate static KV cache scales for this type; default: %(default)s",
+    )
+    add("--text", "--calibration-data", type=Path, metavar="FILE", help="calibration text")
+    add("--num-samples", type=int, default=128, help="sequences of text; default: %(default)s")
+    add("--seq-len", type=int, default=2048, help="tokens per sequence; default: %(default)s")
+    add("--batch-tokens", type=int, default=8192, help="per forward pass; default: %(default)s")
+    add("--damping", type=float, default=0.01, help="GPTQ; default: %(default)s")
+    add("--sweeps", type=int, default=4, help="coordinate descent sweeps; default: %(default)s")
+    add(
+        "--correction",
+        type=float,
+        default=0.1,
+        help="ridge for aiming at the original model's outputs, 0 for off; default: %(default)s",
+    )
+    add(
+        "--no-sequential",
+        action="store_true",
+        help="one statistics pass per block instead of four: faster, less exact",
+    )
+    add("--export", default="compressed-tensors", choices=EXPORTS, help="default: %(default)s")
+    add("--overwrite", action="store_true", help="replace the output folder")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def parse_settings(args: argparse.Namespace) -> Settings:
+    """Settings of the command line.
+
+    Raises:
+      ValueError: If an option cannot be used.
+    """
+
+    def with_scale(fmt: QuantFormat | None) -> QuantFormat | None:
+        return None if fmt is None else fmt.replace(scale_dtype=args.scale_dtype)
+
+    rules: list[tuple[str, QuantFormat | None]] = []
+    if args.skip_layers is not None:
+        rules.append((args.skip_layers, None))
+    for rule in args.rule:
+        pattern, separator, name = rule.rpartition("=")
+        if not separator:
+            raise ValueError(f"--rule {rule!r} must be REGEX=FORMAT")
+        rules.append((pattern, with_scale(parse_format(name))))
+    return Settings(
+        fmt=with_scale(parse_format(args.format)),
+        method=args.method,
+        rules=tuple(rules),
+        damping=args.damping,
+        sweeps=args.sweeps,
+        correction=args.correction or None,
+        sequential=not args.no_sequential,
+        kv_dtype=KV_DTYPES[args.kv_cache_dtype],
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    started = time.monotonic()
+    try:
+        settings = parse_settings(args)
+        folder = resolve_folder(args.model)
+        samples = None
+        if args.text is not None:
+            tokenizer = Tokenizer.from_folder(folder)
+            samples = sample_tokens(
+                read_documents(args.text),
+                tokenizer.encode,
+                num_samples=args.num_samples,
+                seq_len=args.seq_len,
+                bos_id=tokenizer.bos_id,
+            )
+        elif settings.needs_data:
+            raise ValueError(f"--method {args.method} needs calibration text: give --text FILE")
+        report = calibrate_checkpoint(
+            folder,
+            args.output,
+            settings,
+            samples,
+            export=args.export,
+            batch_tokens=args.batch_tokens,
+            overwrite=args.overwrite,
+            progress=not args.quiet,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    ratio = report.mean_ratio()
+    compared = "" if ratio is None else f", mean layer error {ratio:.3f} of RTN's"
+    print(
+        f"{args.output}: {report.bytes_before / 1e6:.2f} MB -> {report.bytes_after / 1e6:.2f} MB"
+        f"{compared}, {time.monotonic() - started:.0f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
