@@ -20,7 +20,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("calibration",),
     ("nn", "models", "tokenizer", "checkpoints", "assets"),
     ("sampling", "generate"),
-    ("evaluation", "training", "serving", "info", "calibrate"),
+    ("serving", "evaluation", "training", "info", "calibrate"),
 ]
 ORDER = {name: (level, place) for level, row in enumerate(LAYERS) for place, name in enumerate(row)}
 FLAX_FROM = ORDER["nn"][0]

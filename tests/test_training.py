@@ -167,7 +167,7 @@ def test_newton_schulz_gives_nearly_orthogonal_matrices() -> None:
 
 def test_muon_updates_matrices_of_layers_and_adam_the_rest() -> None:
     params = loop.init_params(Decoder(CONFIG, dtype=jnp.float32), 0)
-    tx = optimizers.muon_with_adam(0.0)
+    tx: Any = optimizers.muon_with_adam(0.0)
     key = jax.random.key(1)
     grads = jax.tree.map(lambda p: jax.random.normal(key, p.shape, p.dtype), params)
     with jax.numpy_dtype_promotion("standard"):

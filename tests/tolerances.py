@@ -23,6 +23,16 @@ room for one peaked row, where the errors of the probabilities do not average ou
 ATTENTION_F16 = 5e-4
 """The same in float16: three mantissa bits more."""
 
+F16_WEIGHTS = 5e-4
+"""Weights rounded once to float16, everything else exact: each is off by at most 2**-11."""
+
+F16_ZERO_POINTS = 8e-4
+"""The same (at its usual 2**-11 / sqrt(3)) where a zero point's offset of up to 16 steps, rounded
+to float16 (+-2**-8 of a step), meets weights of 3.5 steps mean square: 2**-8 / sqrt(3) / 3.5."""
+
+BF16_WEIGHTS = 4e-3
+"""Weights rounded once to bfloat16: each is off by at most 2**-8."""
+
 F32_LOGITS = 1e-4
 """Largest difference of float32 logits of a whole model from another implementation: some 1e2
 roundings of 2**-24 on activations and logits of magnitude 10."""
@@ -30,6 +40,10 @@ roundings of 2**-24 on activations and logits of magnitude 10."""
 PUBLISHED_PERPLEXITY = 1e-3
 """Relative difference of a perplexity from another implementation's figure of five digits, with
 activations and KV cache quantized: a sum in another order moves single values to the next code."""
+
+F32_SCORE = 1e-5
+"""Relative difference of a sum of negative log likelihoods in float32: logits off by F32_LOGITS in
+either direction, averaged over tokens."""
 
 
 def relative_error(out: object, ref: object) -> float:

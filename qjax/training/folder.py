@@ -34,7 +34,7 @@ def export_hf(params: Any, config: ModelConfig, directory: str | Path) -> None:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    flat = flatten_dict(params, sep="/")
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
     tensors = {}
     for leaf in model_leaves(config):
         value = np.asarray(jax.device_get(flat[leaf.path].astype(jnp.bfloat16)))
