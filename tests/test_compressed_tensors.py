@@ -113,6 +113,33 @@ def test_pack_quantized(
     written(q, tensors)
 
 
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_older_packing_with_gaps(bits: int, rng: np.random.Generator) -> None:
+    half, per = 2 ** (bits - 1), 32 // bits
+
+    def pack_with_gaps(codes: np.ndarray) -> np.ndarray:
+        padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % per)))
+        words = padded.reshape(len(codes), -1, per).astype(np.uint32)
+        shifts = np.arange(per, dtype=np.uint32) * bits
+        return np.bitwise_or.reduce(words << shifts, axis=-1).astype(np.uint32).view(np.int32)
+
+    k, n = 96, 72
+    codes, zeros = rng.integers(0, 2 * half, (n, k)), rng.integers(0, 2 * half, (n, 3))
+    scale = rng.uniform(0.01, 0.1, (n, 3)).astype(np.float32)
+    tensors = named(
+        {
+            "weight_packed": pack_with_gaps(codes),
+            "weight_shape": np.array([n, k], np.int64),
+            "weight_scale": scale,
+            "weight_zero_point": np.ascontiguousarray(pack_with_gaps(zeros.T).T),
+        }
+    )
+    args = {"num_bits": bits, "strategy": "group", "group_size": 32, "symmetric": False}
+    reader = reader_of(config(args, quantization_status="frozen"), tensors)
+    wanted = (codes - np.repeat(zeros, 32, 1)).astype(np.float32) * np.repeat(scale, 32, 1)
+    np.testing.assert_array_equal(value(read_layer(reader, tensors, (k, n))), wanted.T)
+
+
 PLAIN = {
     "int8 channel, per token": (
         "int-quantized",
@@ -323,7 +350,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (config(INT8, transform_config={"config_groups": {"u": {}}}), "transform_config"),
     (config(INT8, sparsity_config={"format": "sparse-bitmask"}), "sparsity_config"),
     (config(INT8, moe_sparsity_config={"method": "prune"}), "moe_sparsity_config"),
-    (config(INT8, quantization_status="frozen"), "quantization_status='frozen'"),
     (config(INT8, ignore="lm_head"), "ignore must be a list"),
     (config(INT8, ignore=["re:("]), "is no regular expression"),
     (config(INT8, kv_cache_scheme={"num_bits": 4}), "kv_cache_scheme: num_bits=4"),

@@ -137,6 +137,7 @@ REFUSED: list[tuple[dict[str, np.ndarray], dict[str, Any], str]] = [
     (GOOD, {"fmt": "e5m2"}, "fmt='e5m2' but .*F8_E4M3"),
     (GOOD, {"fmt": "e3m4"}, "fmt='e3m4' is not supported"),
     (GOOD, {"weight_scale_semantics": "inverse"}, "weight_scale_semantics='inverse'"),
+    (GOOD, {"kv_cache_scheme": "dynamic"}, "kv_cache_scheme='dynamic'"),
     (GOOD, {"expert_dtype": "fp4"}, "expert_dtype='fp4'"),
     (GOOD, {"ignored_layers": [LAYER]}, "excluded from quantization but its weight is F8_E4M3"),
     (GOOD, {"modules_to_not_convert": "lm_head"}, "must be a list of names"),
@@ -227,6 +228,9 @@ def test_kv_scales(spelling: tuple[str, str], shape: tuple[int, ...]) -> None:
     reader = reader_of({**named(GOOD), **tensors}, config())
     assert reader.kv_scale_names(2) == set(tensors)
     assert reader.kv_scales(tensors.__getitem__, 2, 4) is not None
+    bare = reader_of(named(GOOD), config(kv_cache_scheme="static"))
+    with pytest.raises(CheckpointError, match="kv_cache_scheme announces"):
+        bare.kv_scales(tensors.__getitem__, 2, 4)
 
 
 def test_kv_scales_that_are_missing_or_wrong() -> None:

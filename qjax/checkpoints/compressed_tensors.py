@@ -20,7 +20,10 @@ all                    ``weight_scale``          ``(1,)``, ``(N, 1)``, ``(N, G)`
 static activations     ``input_scale``           ``(1,)``
 =====================  ========================  =================================================
 
-``w = (code - zero_point) * weight_scale``. Scales keep the type they are stored in.
+``w = (code - zero_point) * weight_scale``. Scales keep the type they are stored in. Codes fill
+their words without gaps; older versions left the bits unused that do not hold a whole code (3, 5, 6
+and 7 bits), which shows in the number of words. ``quantization_status`` is not looked at: there are
+compressed checkpoints which say "frozen", and the tensors tell what is stored.
 """
 
 from __future__ import annotations
@@ -120,7 +123,7 @@ class CompressedTensorsReader:
         scale_shape = found.shape if found is not None and found.shape in legal else legal[0]
         expected = {"weight_scale": ExpectedTensor(scale_shape, _scale_types(scheme))}
         if scheme.storage == "pack-quantized":
-            words = packed_size(k, fmt.bits)
+            words = self._words(f"{layer}.weight_packed", 1, k, fmt.bits)
             expected["weight_packed"] = ExpectedTensor((n, words), ("I32",))
             expected["weight_shape"] = ExpectedTensor((2,), ("I64", "I32"))
         elif fmt.bits == 4 and fmt.is_float:
@@ -132,7 +135,7 @@ class CompressedTensorsReader:
             expected["weight"] = ExpectedTensor((n, k), (code,))
         if not fmt.symmetric:
             if _packs_zero_points(scheme):
-                rows = packed_size(n, fmt.bits)
+                rows = self._words(f"{layer}.weight_zero_point", 0, n, fmt.bits)
                 expected["weight_zero_point"] = ExpectedTensor((rows, scale_shape[-1]), ("I32",))
             else:
                 expected["weight_zero_point"] = ExpectedTensor(scale_shape, ("I8",))
@@ -195,6 +198,13 @@ class CompressedTensorsReader:
             raise ValueError(f"{layer} is not quantized; ask is_quantized first")
         return scheme
 
+    def _words(self, name: str, axis: int, size: int, bits: int) -> int:
+        """Words along the packed axis of a tensor: the older number if it has that."""
+        dense, padded = packed_size(size, bits), padded_size(size, bits)
+        info = self.source.tensors.get(name)
+        found = info is not None and len(info.shape) == 2 and info.shape[axis] == padded
+        return padded if found else dense
+
     def _redundant(self, layer: str, scheme: Scheme) -> dict[str, ExpectedTensor]:
         """Tensors that some versions write and that change nothing, as far as they are there.
 
@@ -224,9 +234,10 @@ class CompressedTensorsReader:
                 raise CheckpointError(
                     f"{layer}.weight_shape says {stored}, the model needs {(n, k)}"
                 )
-            return to_signed(unpack_rows(get(f"{layer}.weight_packed"), fmt.bits, k), fmt.bits)
+            words = get(f"{layer}.weight_packed")
+            return to_signed(unpack_words(words, fmt.bits, size=k, axis=1), fmt.bits)
         if fmt.bits == 4 and fmt.is_float:
-            codes = unpack_rows(get(f"{layer}.weight_packed"), 4, k)
+            codes = unpack(get(f"{layer}.weight_packed"), 4, size=k, axis=1)
             return codes.view(ml_dtypes.float4_e2m1fn)
         codes = get(f"{layer}.weight")
         if fmt.is_int and fmt.bits < 8:
@@ -245,17 +256,28 @@ class CompressedTensorsReader:
         stored = get(f"{layer}.weight_zero_point")
         if _packs_zero_points(scheme):
             bits = scheme.fmt.bits
-            stored = to_signed(unpack(stored, bits, size=counts[0], axis=0), bits)
-            stored = stored.astype(np.int8)
+            codes = unpack_words(stored, bits, size=counts[0], axis=0)
+            stored = to_signed(codes, bits).astype(np.int8)
         return stored.reshape(counts).T
 
 
-def unpack_rows(words: np.ndarray, bits: int, size: int) -> np.ndarray:
-    """Unsigned codes ``(N, size)`` of rows packed along their last axis."""
-    if 8 % bits == 0 and words.flags.c_contiguous:
+def padded_size(size: int, bits: int) -> int:
+    """Words that ``size`` codes took before codes were split across words."""
+    return -(-size // (32 // bits))
+
+
+def unpack_words(words: np.ndarray, bits: int, *, size: int, axis: int) -> np.ndarray:
+    """Unsigned codes, ``size`` along ``axis``, of int32 words in either packing."""
+    if words.shape[axis] != packed_size(size, bits):
+        rows = np.moveaxis(words, axis, -1).view(np.uint32)
+        shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
+        codes = (rows[..., None] >> shifts) & np.uint32(2**bits - 1)
+        codes = codes.astype(np.uint8).reshape(*rows.shape[:-1], -1)[..., :size]
+        return np.ascontiguousarray(np.moveaxis(codes, -1, axis))
+    if axis == 1 and 8 % bits == 0 and words.flags.c_contiguous:
         # As bytes: fewer and longer passes. The file is little-endian, as are words of memory.
         words = words.view(np.uint8)[:, : packed_size(size, bits, 8)]
-    return unpack(words, bits, size=size, axis=1)
+    return unpack(words, bits, size=size, axis=axis)
 
 
 def permutation(name: str, get: GetTensor, size: int, fmt: QuantFormat) -> np.ndarray | None:

@@ -102,12 +102,6 @@ def parse_config(config: Mapping[str, Any], where: str) -> CTConfig:
       CheckpointError: If it is malformed or asks for something that is not supported.
     """
     _known_keys(config, _TOP_KEYS, where)
-    status = config.get("quantization_status", "compressed")
-    if status != "compressed":
-        raise CheckpointError(
-            f"{where}: quantization_status={status!r}: the weights are not stored in compressed "
-            "form; save the model with compression"
-        )
     sparsity = config.get("sparsity_config") or {}
     if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
         raise CheckpointError(

@@ -77,6 +77,11 @@ class Fp8Reader:
         fmt = config.get("fmt", "e4m3")
         if fmt not in ("e4m3", "e5m2", "float8_e4m3fn", "float8_e5m2"):
             raise CheckpointError(f"{where}: fmt={fmt!r} is not supported; only e4m3 and e5m2 are")
+        if config.get("kv_cache_scheme") not in (None, "static"):
+            raise CheckpointError(
+                f"{where}: kv_cache_scheme={config['kv_cache_scheme']!r} is not supported; only "
+                "'static' is"
+            )
         semantics = config.get("weight_scale_semantics")
         if semantics not in (None, "multiplier"):
             raise CheckpointError(
@@ -136,7 +141,10 @@ class Fp8Reader:
 
     def kv_scales(self, get: GetTensor, num_layers: int, num_kv_heads: int) -> KVScales | None:
         """Static KV cache scales, or None."""
-        return read_kv_scales(self.source.tensors, get, num_layers, num_kv_heads)
+        # AutoFP8 writes kv_cache_scheme; others store the scales without saying so.
+        static = self.source.quantization.get("kv_cache_scheme") is not None
+        declared = "kv_cache_scheme" if static else None
+        return read_kv_scales(self.source.tensors, get, num_layers, num_kv_heads, declared=declared)
 
     def format(self, layer: str) -> QuantFormat:
         """The format of one layer, from its tensors' types and shapes."""
