@@ -34,6 +34,10 @@ from qjax.formats import W8A8_INT8 as W8A8_INT8
 from qjax.formats import QuantFormat as QuantFormat
 from qjax.formats import parse_format as parse_format
 from qjax.ops.dot import quantized_dot as quantized_dot
+from qjax.ops.packed import PackedWeight as PackedWeight
+from qjax.ops.packed import pack_for_mosaic as pack_for_mosaic
+from qjax.ops.packed import pack_tree as pack_tree
+from qjax.ops.packed import unpack_tree as unpack_tree
 from qjax.quantize import dequantize as dequantize
 from qjax.quantize import dequantize_tree as dequantize_tree
 from qjax.quantize import fake_quantize as fake_quantize

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles
 from qjax.ops._dispatch import choose_backend
+from qjax.ops.packed import PackedWeight, packed_dot, packed_unsupported_reason
 from qjax.quantize import quantize
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array, DType
@@ -22,15 +23,18 @@ from qjax.typing import Array, DType
 _F32 = jnp.float32
 
 
-def unsupported_reason(x: Array, w: Array | QuantizedArray) -> str | None:
+def unsupported_reason(x: Array, w: Array | QuantizedArray | PackedWeight) -> str | None:
     """Why the Mosaic GPU kernels cannot compute ``quantized_dot(x, w)``; None if they can."""
-    del x, w
-    return "no Mosaic GPU matrix kernel has landed yet"
+    if isinstance(w, PackedWeight):
+        return packed_unsupported_reason(x, w)
+    if isinstance(w, QuantizedArray):
+        return "the kernels take packed weights; pack it first with qjax.pack_for_mosaic"
+    return "there is no kernel for plain weights"
 
 
 def quantized_dot(
     x: Array,
-    w: Array | QuantizedArray,
+    w: Array | QuantizedArray | PackedWeight,
     *,
     activation_format: QuantFormat | None = None,
     out_dtype: DType | None = None,
@@ -40,12 +44,14 @@ def quantized_dot(
 
     Args:
       x: Activations ``(..., k)``, float32, bfloat16 or float16.
-      w: Weight ``(k, n)``; any ``QuantFormat``, with zero points, permutation and global scale.
+      w: Weight ``(k, n)``; any ``QuantFormat``, with zero points, permutation and global scale; or
+        one packed by ``pack_for_mosaic``.
       activation_format: Quantize the activations to this format first (W8A8, W4A8);
         ``w.fmt.activation`` by default, and none if that is None. Integer activations meet integer
         weights, float activations float weights.
       out_dtype: Result type; ``x.dtype`` by default.
-      backend: ``"xla"``, ``"mosaic_gpu"``, or None for the fastest that supports the arguments.
+      backend: ``"xla"``, ``"mosaic_gpu"``, or None: the kernels for packed weights where they can
+        run (``unsupported_reason`` says why not), XLA for all else.
 
     Returns:
       ``(..., n)`` in ``out_dtype``.
@@ -62,13 +68,19 @@ def quantized_dot(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"activations must be floating point; got {x.dtype}")
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
-    if not isinstance(w, QuantizedArray):
+    if not isinstance(w, QuantizedArray | PackedWeight):
         if activation_format is not None:
             raise ValueError(f"{activation_format.name} activations need a quantized weight")
         # In float32 autodiff's own rules are as good, and forward mode works too.
         dot = _dot if x.dtype.itemsize > 2 else _dot_16bit
         return dot(x, w.astype(x.dtype)).astype(out_dtype)
-    choose_backend("quantized_dot", backend, unsupported_reason(x, w))
+    chosen = choose_backend("quantized_dot", backend, unsupported_reason(x, w))
+    if isinstance(w, PackedWeight):
+        if activation_format is not None:
+            raise ValueError(f"{activation_format.name} activations need an unpacked weight")
+        if chosen == "mosaic_gpu":
+            return packed_dot(x, w, out_dtype=out_dtype)
+        w = w.unpack()
     activation_format = w.fmt.activation if activation_format is None else activation_format
     rows = math.prod(x.shape[:-1])
     flat = x.reshape(rows, x.shape[-1])

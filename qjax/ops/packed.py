@@ -1,0 +1,350 @@
+"""Weights packed for the Mosaic GPU kernels, and products with them.
+
+Packing is a choice, made once when a model is loaded: nothing else in qjax packs a weight, and an
+unpacked one never meets these kernels. They are compiled for sm_90a and checked in the Pallas
+interpreter, but have not yet run on hardware.
+
+A ``PackedWeight`` stands where a ``QuantizedArray`` stood and multiplies by the same
+``quantized_dot``; for what the kernels do not take (more than 64 rows, other devices) it is
+unpacked inside the program and multiplied by XLA. Inference only: the kernels have no gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
+from qjax._device import mosaic_gpu_unsupported_reason
+from qjax.formats import QuantFormat
+from qjax.numerics import expand_tiles
+from qjax.pallas_kernels import _codes, _layout, weight_only
+from qjax.quantize import is_quantized
+from qjax.quantized_array import QuantizedArray, packed_nbytes
+from qjax.typing import Array, DType, PyTree
+
+_CHANNEL_GROUP = 128
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["words", "scales", "column", "perm", "act_scale"],
+    meta_fields=["fmt", "tiles", "scale_dtype", "compute", "dtype"],
+)
+@dataclasses.dataclass(frozen=True)
+class PackedWeight:
+    """A quantized weight ``(k, n)`` in the layout of ``pallas_kernels.weight_only``.
+
+    Made by ``pack_for_mosaic``.
+
+    Attributes:
+      words: Packed codes, int32 ``(k / 128, n / 64, bits, 256)``.
+      scales: ``(groups, 1, n)`` scales, or ``(groups, 2, n)`` scales and offsets, in ``compute``;
+        None if the scale does not vary along ``k``.
+      column: float32 ``(n,)``: the scale of each output feature, or what remains of it.
+      perm: int32 ``(k,)`` activation order, or None; see ``QuantizedArray``.
+      act_scale: The original's, kept for ``unpack``.
+      fmt: Format of the original.
+      tiles: Extent of one scale's tile in the original.
+      scale_dtype: Type of the original's scale.
+      compute: Type in which groups are scaled and multiplied: ``"float16"`` or ``"bfloat16"``.
+        Without groups weights are exact in both and the activations' type is used.
+      dtype: Result type of ``dequantize``.
+    """
+
+    words: Array
+    scales: Array | None
+    column: Array
+    perm: Array | None
+    act_scale: Array | None
+    fmt: QuantFormat
+    tiles: tuple[int, ...]
+    scale_dtype: Any
+    compute: str
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.words.shape[0] * _layout.BLOCK_K, self.words.shape[1] * _layout.BLOCK_N
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def kind(self) -> str:
+        """Type of the codes, a key of ``_codes.CODES``."""
+        return self.fmt.storage_dtype.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        parts = (x for x in jax.tree_util.tree_leaves(self) if hasattr(x, "shape"))
+        return sum(packed_nbytes(x.shape, x.dtype) for x in parts)
+
+    def astype(self, dtype: DType) -> PackedWeight:
+        """Change the type ``dequantize`` returns; the codes stay as they are."""
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def unpack(self) -> QuantizedArray:
+        """The weight that was packed: the same codes, zero points and permutation.
+
+        Scales are the same too unless they have groups or zero points and more significant bits
+        than ``compute``: 11 for float16 (which covers every scale that a checkpoint holds in 16
+        bits or fewer), 8 for bfloat16. Then they are those that the kernel multiplies by, rounded
+        to so many.
+        """
+        return _unpack(self)
+
+    def dequantize(self, dtype: DType | None = None) -> Array:
+        """The represented values ``(k, n)`` in original row order; see ``QuantizedArray``."""
+        return self.unpack().dequantize(dtype)
+
+
+@jax.jit
+def _unpack(w: PackedWeight) -> QuantizedArray:
+    k, n = w.shape
+    codes = _layout.unpack_words(w.words, _codes.CODES[w.kind].bits)
+    tile_k, tile_n = w.tiles
+    zero_point = None
+    if w.scales is None:
+        scale = w.column[None, ::tile_n]
+    else:
+        # Scales of a whole column were repeated for every group; those of a block for every column.
+        every = slice(None, None, tile_k * w.scales.shape[0] // k), slice(None, None, tile_n)
+        stored = w.scales[:, 0]
+        scale = _codes.merge_scale(stored, w.column, w.kind, w.compute)[every]
+        if w.scales.shape[1] == 2:
+            offset = w.scales[:, 1]
+            zero_point = _codes.zero_point_of_offset(stored, offset, w.kind)[every]
+    return QuantizedArray.make(
+        _codes.from_unsigned(codes, w.kind),
+        scale.astype(w.scale_dtype),
+        w.fmt,
+        zero_point=zero_point,
+        perm=w.perm,
+        act_scale=w.act_scale,
+        dtype=w.dtype,
+    )
+
+
+def pack_unsupported_reason(w: QuantizedArray) -> str | None:
+    """Why ``pack_for_mosaic`` cannot pack a weight; None if it can."""
+    if w.ndim != 2:
+        return f"a weight of shape {w.shape}; only matrices (k, n) are packed"
+    if w.global_scale is not None:
+        return f"the second-level scale of {w.fmt.name}"
+    if w.fmt.activation is not None:
+        return (
+            f"{w.fmt.activation.name} activations; the kernels are for 16-bit ones, "
+            "which fmt.replace(activation=None) asks for"
+        )
+    return weight_only.weight_unsupported_reason(
+        *w.shape,
+        kind=w.qvalue.dtype.name,
+        group_size=_group_size(w),
+        zero_point=w.zero_point is not None,
+    )
+
+
+def pack_for_mosaic(w: QuantizedArray, *, compute: str = "float16") -> PackedWeight:
+    """Rearrange a quantized weight for the Mosaic GPU kernels.
+
+    Args:
+      w: Weight ``(k, n)``, ``k`` a multiple of 128 and ``n`` of 64: int4 codes in groups of 32, 64
+        or 128 or with one scale per column or tensor, with or without zero points; int8, E4M3 or
+        E5M2 codes without zero points, with one scale per column, tensor, group of 128 or block of
+        128 along ``k``. fp8 codes must be finite.
+      compute: Type of the products of grouped weights. With float16 a weight is rounded to 11 bits
+        and bfloat16 activations are first scaled per row by a power of two, which is exact. With
+        bfloat16 they need no such step, and weights are rounded to 8 bits.
+
+    Returns:
+      The packed weight, of the same logical shape.
+
+    Raises:
+      ValueError: If ``compute`` is unknown, or there are zero points and it is not float16.
+      NotImplementedError: If there is no kernel for the weight; says why.
+    """
+    if compute not in _codes.COMPUTE_DTYPES:
+        raise ValueError(f"unknown {compute=}; choose one of {', '.join(_codes.COMPUTE_DTYPES)}")
+    if compute != "float16" and w.zero_point is not None:
+        raise ValueError(f"zero points need compute='float16', not {compute!r}")
+    reason = pack_unsupported_reason(w)
+    if reason is not None:
+        raise NotImplementedError(f"pack_for_mosaic: no kernel for {reason}")
+    return _pack(w, compute)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _pack(w: QuantizedArray, compute: str) -> PackedWeight:
+    k, n = w.shape
+    kind = w.qvalue.dtype.name
+    words = _layout.pack_words(_codes.to_unsigned(w.qvalue, kind), _codes.CODES[kind].bits)
+    group_size = _group_size(w)
+    rows = 1 if group_size is None else k // group_size
+
+    def per_group(values: Array) -> Array:
+        """``(k / tile, n / tile)`` to ``(rows, n)``."""
+        wide = expand_tiles(values, (values.shape[0], n), (1, w.tiles[1]))
+        return jnp.broadcast_to(wide, (rows, n))
+
+    scale, scales = per_group(w.scale.astype(jnp.float32)), None
+    column = scale[0]
+    if group_size is not None:
+        stored, column = _codes.split_scale(scale, kind, compute)
+        parts = [stored]
+        if w.zero_point is not None:
+            parts.append(_codes.offset_of_zero_point(stored, per_group(w.zero_point), kind))
+        scales = jnp.stack(parts, axis=1)
+    return PackedWeight(
+        words,
+        scales,
+        column,
+        w.perm,
+        w.act_scale,
+        fmt=w.fmt,
+        tiles=w.tiles,
+        scale_dtype=w.scale.dtype,
+        compute=compute,
+        dtype=w.dtype,
+    )
+
+
+def _group_size(w: QuantizedArray) -> int | None:
+    """Rows of a packed weight that share a stored scale."""
+    if w.tiles[0] != w.shape[0]:
+        return w.tiles[0]
+    # Zero points of a whole column take the grouped path, repeated: one path fewer to get right.
+    return None if w.zero_point is None else _CHANNEL_GROUP
+
+
+def pack_tree(params: PyTree, *, compute: str = "float16") -> PyTree:
+    """Pack every ``QuantizedArray`` of a tree for which there is a kernel.
+
+    Args:
+      params: A parameter tree.
+      compute: As for ``pack_for_mosaic``; weights with zero points always take float16.
+
+    Returns:
+      The tree with ``PackedWeight`` leaves; other leaves are the same objects.
+    """
+
+    def pack(leaf: Any) -> Any:
+        if not is_quantized(leaf) or pack_unsupported_reason(leaf) is not None:
+            return leaf
+        return pack_for_mosaic(leaf, compute=compute if leaf.zero_point is None else "float16")
+
+    return jax.tree_util.tree_map(pack, params, is_leaf=is_quantized)
+
+
+def unpack_tree(params: PyTree) -> PyTree:
+    """The inverse of ``pack_tree``."""
+    return jax.tree_util.tree_map(
+        lambda leaf: leaf.unpack() if isinstance(leaf, PackedWeight) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, PackedWeight),
+    )
+
+
+def packed_unsupported_reason(x: Array, w: PackedWeight, *, interpret: bool = False) -> str | None:
+    """Why the kernel cannot compute ``x @ w`` here; None if it can.
+
+    Args:
+      x: Activations ``(..., k)``.
+      w: Packed weight.
+      interpret: For the Pallas interpreter, which needs no GPU.
+    """
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"{x.dtype} activations; the kernels take bfloat16 and float16"
+    compute = _compute_dtype(x, w)
+    if compute == "bfloat16" and x.dtype == jnp.float16:
+        return "float16 activations meet a weight packed with compute='bfloat16'"
+    problem = weight_only.Problem(math.prod(x.shape[:-1]), *w.shape, w.kind, compute=compute)
+    if w.scales is not None:
+        groups, parts, _ = w.scales.shape
+        problem = dataclasses.replace(
+            problem, group_size=w.shape[0] // groups, zero_point=parts == 2
+        )
+    reason = weight_only.unsupported_reason(problem)
+    if reason is not None:
+        return reason
+    if not interpret:
+        return mosaic_gpu_unsupported_reason()
+    if JAX_VERSION < MOSAIC_GPU_MIN_JAX:
+        return f"jax {jax.__version__} is older than {'.'.join(map(str, MOSAIC_GPU_MIN_JAX))}"
+    return None
+
+
+def _compute_dtype(x: Array, w: PackedWeight) -> str:
+    return x.dtype.name if w.scales is None else w.compute
+
+
+def packed_dot(
+    x: Array,
+    w: PackedWeight,
+    *,
+    out_dtype: DType | None = None,
+    config: weight_only.Config | None = None,
+    interpret: bool = False,
+) -> Array:
+    """``x @ w`` by the kernel; ``quantized_dot`` is the function that chooses.
+
+    Args:
+      x: Activations ``(..., k)``, bfloat16 or float16, at most 64 rows.
+      w: Packed weight ``(k, n)``.
+      out_dtype: Result type; ``x.dtype`` by default.
+      config: How the kernel cuts up the work; its heuristic by default.
+      interpret: Run in the Pallas interpreter.
+
+    Returns:
+      ``(..., n)`` in ``out_dtype``.
+
+    Raises:
+      NotImplementedError: If the kernel cannot run; the message says why.
+    """
+    reason = packed_unsupported_reason(x, w, interpret=interpret)
+    if reason is not None:
+        raise NotImplementedError(f"packed_dot: mosaic_gpu cannot run here: {reason}")
+    out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    if w.perm is not None:
+        flat = jnp.take(flat, w.perm, axis=-1)
+    row_scale = None
+    if flat.dtype.name != _compute_dtype(x, w):
+        flat, row_scale = _to_float16(flat)
+    out = weight_only.matmul(
+        flat,
+        w.words,
+        w.scales,
+        w.column,
+        row_scale,
+        kind=w.kind,
+        config=config,
+        out_dtype=out_dtype,
+        interpret=interpret,
+    )
+    return out.reshape(*x.shape[:-1], w.shape[1])
+
+
+def _to_float16(x: Array) -> tuple[Array, Array]:
+    """bfloat16 rows as float16 times a power of two each, ``(m, k)`` and float32 ``(m,)``.
+
+    Exact for values down to 2**-29 of their row's largest; below that they lose bits one by one.
+    """
+    with jax.named_scope("float16_rows"):
+        wide = x.astype(jnp.float32)
+        absmax = jnp.abs(wide).max(axis=-1, keepdims=True)
+        _, exponent = jnp.frexp(absmax)
+        # Up to the last power of two that float16 has; rows of zeros, infinities and NaNs as they
+        # are (an infinity stays one, and makes its row's sums infinite or NaN as it should).
+        usable = jnp.isfinite(absmax) & (absmax > 2.0**-100)
+        shift = jnp.where(usable, 15 - exponent.astype(jnp.int32), 0)
+        narrow = _codes.times_power_of_two(wide, shift).astype(jnp.float16)
+        row_scale = _codes.times_power_of_two(jnp.ones_like(absmax), -shift)
+        return narrow, row_scale.reshape(-1)

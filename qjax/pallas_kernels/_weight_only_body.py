@@ -1,0 +1,272 @@
+"""The body of ``weight_only``: what each warpgroup does. See there for the picture."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+from qjax.pallas_kernels import _codes, _layout, _unpack
+from qjax.pallas_kernels.weight_only import _MEMORY_REGISTERS, Config
+from qjax.typing import Array
+
+# Its names and signatures differ between the versions of jax that qjax is type-checked with.
+plgpu: Any = mosaic_gpu
+
+_BLOCK_N, _BLOCK_K = _layout.BLOCK_N, _layout.BLOCK_K
+
+
+def call(
+    x: Array,
+    words: Array,
+    scales: Array | None,
+    column: Array,
+    row_scale: Array | None,
+    *,
+    kind: str,
+    config: Config,
+    out_dtype: Any,
+    interpret: bool,
+) -> Array:
+    """Run the kernel on padded rows; arguments as in ``weight_only.matmul``.
+
+    Returns:
+      ``(rows, n)`` in ``out_dtype``, or with ``config.splits > 1`` float32 partial sums
+      ``(splits, rows, n)``.
+    """
+    rows, k = x.shape
+    n = words.shape[1] * _BLOCK_N
+    bits, compute = _codes.CODES[kind].bits, x.dtype
+    warpgroups, stages, splits = config.warpgroups, config.stages, config.splits
+    steps = k // splits // _BLOCK_K
+    groups, parts = (0, 0)
+    if scales is not None:
+        groups, parts = scales.shape[0] * _BLOCK_K // k, scales.shape[1]
+    columns = warpgroups * _BLOCK_N
+    if splits > 1:
+        out_type = jax.ShapeDtypeStruct((splits, rows, n), jnp.float32)
+    else:
+        out_type = jax.ShapeDtypeStruct((rows, n), out_dtype)
+    operands = {"words": words, "column": column, "x": x, "scales": scales, "row_scale": row_scale}
+    operands = {name: value for name, value in operands.items() if value is not None}
+
+    def kernel(*refs: Any, **scratch: Any) -> None:
+        gmem = dict(zip((*operands, "out"), refs, strict=True))
+        warpgroup = lax.axis_index("warpgroup")
+        start = lax.axis_index("split") * steps
+
+        @pl.when(warpgroup < warpgroups)
+        def _compute() -> None:
+            if config.registers is not None:
+                plgpu.set_max_registers(config.registers, action="increase")
+            load = functools.partial(
+                _load_weights,
+                scratch,
+                warpgroup,
+                stages=stages,
+                groups=groups,
+                kind=kind,
+                compute=compute.name,
+                interpret=interpret,
+            )
+            acc = _accumulate(load, scratch, rows, steps, config, interpret)
+            if scales is None:
+                # Unpacking leaves a constant power of two: 16-bit floats have no room for it.
+                _, rest = _codes.constant_multiplier(kind, compute.name)
+                acc = acc * jnp.float32(2.0**-rest)
+            _store(acc, gmem, scratch["out_smem"].at[warpgroup], warpgroup, config, out_type.dtype)
+
+        @pl.when(warpgroup == warpgroups)
+        def _memory() -> None:
+            if config.registers is not None:
+                plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
+            tile = lax.axis_index("n")
+            consumed, ready = scratch["consumed"], scratch["ready"]
+
+            @pl.loop(0, steps)
+            def _step(i: Array) -> None:
+                slot = lax.rem(i, jnp.int32(stages))
+                pl.when(i >= stages)(lambda: plgpu.barrier_wait(consumed.at[slot]))
+
+                def copy(source: Any, target: str) -> None:
+                    plgpu.copy_gmem_to_smem(source, scratch[target].at[slot], ready.at[slot])
+
+                at = start + i
+                tiles = pl.ds(tile * warpgroups, warpgroups)
+                copy(gmem["words"].at[at, tiles], "words_smem")
+                if groups:
+                    source = gmem["scales"].at[pl.ds(at * groups, groups)]
+                    copy(source.at[:, :, pl.ds(tile * columns, columns)], "scales_smem")
+                copy(gmem["x"].at[:, pl.ds(at * _BLOCK_K, _BLOCK_K)], "x_smem")
+
+            # No barrier is left with an arrival that nobody saw.
+            @pl.loop(max(steps - stages, 0), steps)
+            def _drain(i: Array) -> None:
+                plgpu.barrier_wait(consumed.at[lax.rem(i, jnp.int32(stages))])
+
+    scratch_types = {
+        "words_smem": plgpu.SMEM((stages, warpgroups, bits, 256), jnp.int32),
+        "x_smem": plgpu.SMEM((stages, rows, _BLOCK_K), compute, transforms=_transforms(compute)),
+        "out_smem": plgpu.SMEM(
+            (warpgroups, rows, _BLOCK_N), out_type.dtype, transforms=_transforms(out_type.dtype)
+        ),
+        "ready": plgpu.Barrier(num_arrivals=3 if groups else 2, num_barriers=stages),
+        "consumed": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+    }
+    if groups:
+        scratch_types["scales_smem"] = plgpu.SMEM((stages, groups, parts, columns), compute)
+    run = plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=(n // columns, splits),
+        grid_names=("n", "split"),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        # Every access to shared memory is ordered by the barriers here; the compiler's own would
+        # stop all warpgroups at each.
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+        kernel_name=f"weight_only_{kind}_{compute.name}",
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
+    return run(*operands.values())
+
+
+def _transforms(dtype: Any) -> tuple[Any, ...]:
+    """128-byte swizzle, as ``wgmma`` and the transposed store want it."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
+
+
+def _load_weights(
+    scratch: dict[str, Any],
+    warpgroup: Array,
+    step: Array,
+    *,
+    stages: int,
+    groups: int,
+    kind: str,
+    compute: str,
+    interpret: bool,
+) -> Array:
+    """Wait for a step and make its weights, ``(64, 128)`` in registers."""
+    slot = lax.rem(step, jnp.int32(stages))
+    plgpu.barrier_wait(scratch["ready"].at[slot])
+    layout = _unpack.words_layout(_codes.CODES[kind].bits)
+    words = plgpu.load(scratch["words_smem"].at[slot, warpgroup], layout=layout)
+    rows = pl.ds(warpgroup * _BLOCK_N, _BLOCK_N)
+    scales, offsets = [], []
+    for g in range(groups):
+        smem = scratch["scales_smem"].at[slot, g]
+        for part, values in zip(range(smem.shape[0]), (scales, offsets), strict=False):
+            values.append(plgpu.load(smem.at[part, rows], layout=plgpu.Layout.WGMMA.reduce(1)))
+    with jax.named_scope("unpack"):
+        return _unpack.unpack(
+            words, scales, offsets, kind=kind, compute=compute, interpret=interpret
+        )
+
+
+def _accumulate(
+    load: Callable[[Array], Array],
+    scratch: dict[str, Any],
+    rows: int,
+    steps: int,
+    config: Config,
+    interpret: bool,
+) -> Array:
+    """Sum over the steps of ``weights @ x.T``: float32 ``(64, rows)``.
+
+    The interpreter knows no ``wgmma`` with an operand in registers: there ``total`` is carried as
+    a plain array and the product is a jnp dot of the same values. On the GPU it is an accumulator
+    reference, and ``total`` is empty.
+    """
+    stages = jnp.int32(config.stages)
+
+    def loop(accumulator: Any, total: Any) -> Any:
+        def multiply(total: Any, weights: Array, slot: Array) -> Any:
+            if interpret:
+                x = scratch["x_smem"][slot].astype(jnp.float32)
+                dims = (((1,), (1,)), ((), ()))
+                return total + lax.dot_general(weights.astype(jnp.float32), x, dims)
+            plgpu.wgmma(accumulator, weights, scratch["x_smem"].at[slot].T)
+            return total
+
+        def finish(slot: Array) -> None:
+            if interpret:
+                # The interpreter wants a proxy fence between a read of a slot and the next copy
+                # into it. On the GPU the barrier orders the two, as in CUTLASS's TMA pipelines.
+                plgpu.commit_smem()
+            else:
+                plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(scratch["consumed"].at[slot])
+
+        def step(i: Array, total: Any) -> Any:
+            slot = lax.rem(i, stages)
+            total = multiply(total, load(i), slot)
+            finish(slot)
+            return total
+
+        def overlapped(i: Array, carry: Any) -> Any:
+            """Start the product of step ``i`` and unpack step ``i + 1`` while it runs."""
+            weights, total = carry
+            slot = lax.rem(i, stages)
+            total = multiply(total, weights, slot)
+            following = load(i + 1)
+            finish(slot)
+            return following, total
+
+        if not config.pipelined:
+            return lax.fori_loop(0, steps, step, total)
+        # Two steps per iteration: with one, the weights of the next step would be copied into the
+        # registers that wgmma is still reading, and ptxas would serialize the two (C7513).
+        carry = load(jnp.int32(0)), total
+        carry = lax.fori_loop(
+            0,
+            steps // 2 - 1,
+            lambda pair, carry: overlapped(2 * pair + 1, overlapped(2 * pair, carry)),
+            carry,
+        )
+        weights, total = overlapped(jnp.int32(steps - 2), carry)
+        slot = jnp.int32((steps - 1) % config.stages)
+        total = multiply(total, weights, slot)
+        finish(slot)
+        return total
+
+    if interpret:
+        return loop(None, jnp.zeros((_BLOCK_N, rows), jnp.float32))
+
+    def run(accumulator: Any) -> Array:
+        loop(accumulator, ())
+        return accumulator[...]
+
+    return pl.run_scoped(run, plgpu.ACC((_BLOCK_N, rows)))
+
+
+def _store(
+    acc: Array, gmem: dict[str, Any], out_smem: Any, warpgroup: Array, config: Config, dtype: Any
+) -> None:
+    """Scale, transpose and copy one warpgroup's ``(64, rows)`` to the output."""
+    feature = (lax.axis_index("n") * config.warpgroups + warpgroup) * _BLOCK_N
+    features = pl.ds(feature, _BLOCK_N)
+    layout = plgpu.Layout.WGMMA
+    column = plgpu.load(gmem["column"].at[features], layout=layout.reduce(1), optimized=False)
+    acc = acc * lax.broadcast_in_dim(column, acc.shape, [0])
+    if "row_scale" in gmem:
+        row = plgpu.load(gmem["row_scale"], layout=layout.reduce(0), optimized=False)
+        acc = acc * lax.broadcast_in_dim(row, acc.shape, [1])
+    out_smem.T[...] = plgpu.layout_cast(acc.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+    plgpu.commit_smem()
+    out = gmem["out"]
+    if config.splits > 1:
+        out = out.at[lax.axis_index("split")]
+    plgpu.copy_smem_to_gmem(out_smem, out.at[:, features])
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,97 @@
+"""Ahead-of-time compilation for sm_90a, on any Linux machine: no spills, nothing serialized."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
+from qjax.pallas_kernels.weight_only import Config, Problem, smem_bytes
+from tests.kernels.problems import WEIGHTS, shipped
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# ptxas serializes wgmma, or copies its operands, where it cannot prove that registers are free.
+SERIALIZED = ("(C7510)", "(C7513)")
+
+
+def _missing() -> str | None:
+    if JAX_VERSION < MOSAIC_GPU_MIN_JAX:
+        return "the kernels are for jax 0.11.2 and later"
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        return "needs jax-cuda13-plugin and jax-cuda13-pjrt, installed with pip --no-deps"
+    if shutil.which("ptxas") is None:
+        return "needs ptxas on PATH (a CUDA 13 toolkit, or the nvidia-cuda-nvcc wheel)"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def _needs_compiler() -> None:
+    reason = _missing()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def _compile(problems: list[tuple[Problem, Config]]) -> list[str]:
+    """What is wrong with each problem, one line for each finding."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.aot"],
+        input=json.dumps([tuple(map(dataclasses.asdict, pair)) for pair in problems]),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    reports = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert len(reports) == len(problems), run.stderr[-4000:]
+    findings = []
+    for problem, report in zip(problems, reports, strict=True):
+        if report["error"] is not None:
+            findings.append(f"{problem}: {report['error']}")
+        if report["spilled"]:
+            findings.append(f"{problem}: {report['spilled']} bytes spilled")
+        serialized = [text for text in report["warnings"] if text.startswith(SERIALIZED)]
+        findings += [f"{problem}: {text}" for text in serialized]
+    return findings
+
+
+def test_one_config_of_every_kind_of_weight() -> None:
+    """The config with the most registers: four warpgroups, pipelined for 4 bits, 64 rows."""
+    problems = []
+    for weight in WEIGHTS:
+        widest = [pair for pair in shipped([weight], rows=(64,)) if pair[1].warpgroups == 4]
+        problems.append(widest[0])
+    assert not _compile(problems)
+
+
+@pytest.mark.slow
+def test_every_config_of_two_kinds_of_weight() -> None:
+    weights = [("int4", 128, False, "float16"), ("int8", None, False, "bfloat16")]
+    assert not _compile(list(shipped(weights, rows=(8, 64))))
+
+
+@pytest.mark.slow
+def test_every_shipped_config() -> None:
+    assert not _compile(list(shipped()))
+
+
+@pytest.mark.slow
+def test_float32_outputs() -> None:
+    """What language-model heads ask for; it takes twice the shared memory."""
+    weights = [("int4", 128, False, "float16"), ("int8", None, False, "bfloat16")]
+    assert not _compile(list(shipped(weights, rows=(64,), out_itemsize=4)))
+
+
+def test_findings_are_found() -> None:
+    """A config beyond shared memory is an error, in the predicate as in the compiler."""
+    problem = Problem(64, 4096, 4096, "int4", 32, True)
+    too_deep = Config(4, 8)
+    assert smem_bytes(too_deep, problem) > 232448
+    findings = _compile([(problem, too_deep)])
+    assert len(findings) == 1 and "bytes of shared memory" in findings[0]
