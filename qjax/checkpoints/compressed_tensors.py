@@ -122,8 +122,9 @@ class CompressedTensorsReader:
         found = tensors.get(f"{layer}.weight_scale")
         scale_shape = found.shape if found is not None and found.shape in legal else legal[0]
         expected = {"weight_scale": ExpectedTensor(scale_shape, _scale_types(scheme))}
+        words_of = padded_size if self._has_gaps(layer, k, fmt.bits) else packed_size
         if scheme.storage == "pack-quantized":
-            words = self._words(f"{layer}.weight_packed", 1, k, fmt.bits)
+            words = words_of(k, fmt.bits)
             expected["weight_packed"] = ExpectedTensor((n, words), ("I32",))
             expected["weight_shape"] = ExpectedTensor((2,), ("I64", "I32"))
         elif fmt.bits == 4 and fmt.is_float:
@@ -135,8 +136,9 @@ class CompressedTensorsReader:
             expected["weight"] = ExpectedTensor((n, k), (code,))
         if not fmt.symmetric:
             if _packs_zero_points(scheme):
-                rows = self._words(f"{layer}.weight_zero_point", 0, n, fmt.bits)
-                expected["weight_zero_point"] = ExpectedTensor((rows, scale_shape[-1]), ("I32",))
+                rows = words_of(n, fmt.bits)
+                groups = tile_counts(fmt, shape)[1]
+                expected["weight_zero_point"] = ExpectedTensor((rows, groups), ("I32",))
             else:
                 expected["weight_zero_point"] = ExpectedTensor(scale_shape, ("I8",))
         if scheme.act_order:
@@ -158,7 +160,9 @@ class CompressedTensorsReader:
         name = f"{layer}.weight_scale"
         scale = kernel_scale(name, get(name), counts)
         codes = self._codes(layer, scheme, get, shape)
-        zero_point = None if fmt.symmetric else self._zero_point(layer, scheme, get, counts)
+        zero_point = None
+        if not fmt.symmetric:
+            zero_point = self._zero_point(layer, scheme, get, shape[0], counts)
         perm = None
         if scheme.act_order:
             perm = permutation(f"{layer}.weight_g_idx", get, shape[0], fmt)
@@ -198,12 +202,11 @@ class CompressedTensorsReader:
             raise ValueError(f"{layer} is not quantized; ask is_quantized first")
         return scheme
 
-    def _words(self, name: str, axis: int, size: int, bits: int) -> int:
-        """Words along the packed axis of a tensor: the older number if it has that."""
-        dense, padded = packed_size(size, bits), padded_size(size, bits)
-        info = self.source.tensors.get(name)
-        found = info is not None and len(info.shape) == 2 and info.shape[axis] == padded
-        return padded if found else dense
+    def _has_gaps(self, layer: str, k: int, bits: int) -> bool:
+        """Whether a layer is packed in the older way, where the two differ in size."""
+        info = self.source.tensors.get(f"{layer}.weight_packed")
+        padded = padded_size(k, bits)
+        return info is not None and info.shape[-1:] == (padded,) != (packed_size(k, bits),)
 
     def _redundant(self, layer: str, scheme: Scheme) -> dict[str, ExpectedTensor]:
         """Tensors that some versions write and that change nothing, as far as they are there.
@@ -234,8 +237,8 @@ class CompressedTensorsReader:
                 raise CheckpointError(
                     f"{layer}.weight_shape says {stored}, the model needs {(n, k)}"
                 )
-            words = get(f"{layer}.weight_packed")
-            return to_signed(unpack_words(words, fmt.bits, size=k, axis=1), fmt.bits)
+            words, gaps = get(f"{layer}.weight_packed"), self._has_gaps(layer, k, fmt.bits)
+            return to_signed(unpack_words(words, fmt.bits, k, axis=1, gaps=gaps), fmt.bits)
         if fmt.bits == 4 and fmt.is_float:
             codes = unpack(get(f"{layer}.weight_packed"), 4, size=k, axis=1)
             return codes.view(ml_dtypes.float4_e2m1fn)
@@ -250,13 +253,14 @@ class CompressedTensorsReader:
         return codes.view(fmt.storage_dtype)
 
     def _zero_point(
-        self, layer: str, scheme: Scheme, get: GetTensor, counts: tuple[int, int]
+        self, layer: str, scheme: Scheme, get: GetTensor, k: int, counts: tuple[int, int]
     ) -> np.ndarray:
         """int8 ``(K tiles, N tiles)``."""
         stored = get(f"{layer}.weight_zero_point")
         if _packs_zero_points(scheme):
             bits = scheme.fmt.bits
-            codes = unpack_words(stored, bits, size=counts[0], axis=0)
+            gaps = self._has_gaps(layer, k, bits)
+            codes = unpack_words(stored, bits, counts[0], axis=0, gaps=gaps)
             stored = to_signed(codes, bits).astype(np.int8)
         return stored.reshape(counts).T
 
@@ -266,9 +270,11 @@ def padded_size(size: int, bits: int) -> int:
     return -(-size // (32 // bits))
 
 
-def unpack_words(words: np.ndarray, bits: int, *, size: int, axis: int) -> np.ndarray:
+def unpack_words(
+    words: np.ndarray, bits: int, size: int, *, axis: int, gaps: bool = False
+) -> np.ndarray:
     """Unsigned codes, ``size`` along ``axis``, of int32 words in either packing."""
-    if words.shape[axis] != packed_size(size, bits):
+    if gaps:
         rows = np.moveaxis(words, axis, -1).view(np.uint32)
         shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
         codes = (rows[..., None] >> shifts) & np.uint32(2**bits - 1)
