@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from qjax.checkpoints.export import save_model
 from qjax.checkpoints.hf import LoadedModel, load_model
@@ -83,6 +84,18 @@ def _same_config(old: dict[str, Any], new: dict[str, Any]) -> None:
         assert a == b
     assert group_old == group_new
     assert old == new
+
+
+def test_onto_two_devices(shared_data: pathlib.Path) -> None:
+    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
+    folder = folder_of(shared_data, NAMES[2])
+    model = load_model(folder, mesh=mesh, progress=False)
+    q = model.params["model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+    assert q.qvalue.addressable_shards[0].data.shape == (128, 192)
+    assert q.scale.addressable_shards[0].data.shape == (1, 192)
+    assert_same_tree(model.params, load_model(folder, progress=False).params)
+    with pytest.raises(ValueError, match="down_proj.*cuts groups of 128.*groups of 64"):
+        load_model(folder_of(shared_data, NAMES[0]), mesh=mesh, progress=False)
 
 
 def test_fp8_as_hugging_face_fp8(shared_data: pathlib.Path, tmp_path: pathlib.Path) -> None:

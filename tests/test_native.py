@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from qjax import formats
 from qjax.checkpoints.errors import CheckpointError
+from qjax.checkpoints.hf import load_model
 from qjax.checkpoints.layout import Leaf
 from qjax.checkpoints.native import MANIFEST, is_native, load_native, save_native
 from qjax.checkpoints.reader import KVScales
@@ -85,6 +86,12 @@ def test_restores_exactly(params: dict[str, Any], saved: pathlib.Path) -> None:
     assert model.kv_scales is not None and model.kv_scales.dtype == "int8"
     np.testing.assert_array_equal(model.kv_scales.keys[0], KEYS)
     np.testing.assert_array_equal(model.kv_scales.values[0], VALUES)
+
+
+def test_load_model_finds_native_folders(params: dict[str, Any], saved: pathlib.Path) -> None:
+    assert_same_tree(load_model(saved, progress=False).params, plain_dtypes(params))
+    with pytest.raises(ValueError, match="is a native checkpoint"):
+        load_model(saved, quantization=formats.INT8_CHANNEL, progress=False)
 
 
 def test_onto_two_devices_and_back(
