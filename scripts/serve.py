@@ -13,6 +13,7 @@ import jax
 from tqdm import tqdm
 
 from qjax import info
+from qjax.assets import bundled_model_path
 from qjax.checkpoints.hf import load_model, resolve_folder
 from qjax.formats import FORMATS, parse_format
 from qjax.models.config import ModelConfig
@@ -275,7 +276,7 @@ def generate(args: argparse.Namespace) -> None:
     prompts = gather_prompts(args)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
     defaults = SamplingParams(**{name: getattr(args, name) for name in names})
-    folder = resolve_folder(args.model or bundled_model())
+    folder = resolve_folder(args.model or bundled_model_path())
     tokenizer = Tokenizer.from_folder(folder)
     jobs = prepare(prompts, tokenizer, defaults, chat=args.chat)
     length = context_length(ModelConfig.from_hf(folder), jobs, args.max_model_len)
@@ -339,13 +340,6 @@ def run_jobs(
                 on_piece(piece)
 
         run(engine, tokenizer, jobs, on_result=result, on_text=text)
-
-
-def bundled_model() -> Path:
-    """The model that comes with the package."""
-    from qjax.assets import bundled_model_path
-
-    return bundled_model_path()
 
 
 class Interrupted(Exception):
