@@ -156,6 +156,11 @@ PLAIN = {
         {"type": "float", "strategy": "tensor"},
         {"num_bits": 8, "type": "float", "strategy": "tensor"},
     ),
+    "fp8 tensor, static, all scales bfloat16": (
+        "float-quantized",
+        {"type": "float", "strategy": "tensor"},
+        {"num_bits": 8, "type": "float", "strategy": "tensor"},
+    ),
     "fp8 channel, per token": (
         "float-quantized",
         {"type": "float", "strategy": "channel"},
@@ -181,16 +186,17 @@ def test_plain_codes(case: str, rng: np.random.Generator) -> None:
     is_float = weights.get("type") == "float"
     codes = values.astype(ml_dtypes.float8_e4m3fn if is_float else np.int8)
     shapes = {"tensor": (1,), "channel": (N, 1), "block": (2, 2)}
-    scale = rng.uniform(0.01, 0.1, shapes[weights["strategy"]]).astype(np.float32)
+    scale_type = ml_dtypes.bfloat16 if "bfloat16" in case else np.float32
+    scale = rng.uniform(0.01, 0.1, shapes[weights["strategy"]]).astype(scale_type)
     parts = {"weight": codes, "weight_scale": scale}
     static = activations is not None and not activations.get("dynamic")
     if static:
-        parts["input_scale"] = np.array([0.25], np.float32)
+        parts["input_scale"] = np.array([0.25], scale_type)
     tensors = named(parts)
     q = read_layer(reader_of(config(weights, storage, activations), tensors), tensors, (K, N))
-    full = scale
+    full = scale.astype(np.float32)
     if weights["strategy"] == "block":
-        full = np.repeat(np.repeat(scale, 16, 0), 32, 1)[:N, :K]
+        full = np.repeat(np.repeat(full, 16, 0), 32, 1)[:N, :K]
     wanted = codes.astype(np.float32) * np.broadcast_to(full, (N, K))
     np.testing.assert_array_equal(value(q), wanted.T)
     assert (q.fmt.activation is None) == (activations is None)

@@ -19,7 +19,7 @@ TABLE = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 def own_file(algorithm: str, **keys: Any) -> tuple[dict[str, Any], str]:
-    quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": None, **keys}
+    quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": None} | keys
     producer = {"name": "modelopt", "version": "0.31.0"}
     return {"producer": producer, "quantization": quantization}, "hf_quant_config.json"
 
@@ -123,8 +123,7 @@ def test_kv_cache(rng: np.random.Generator) -> None:
     for place in (own_file("FP8"), in_config("FP8")):
         assert reader_of(tensors, place).kv_scales(tensors.__getitem__, 1, 2) is None
     declared = own_file("FP8", kv_cache_quant_algo="FP8")
-    with pytest.raises(CheckpointError, match="kv_cache_quant_algo announces"):
-        reader_of(tensors, declared).kv_scales(tensors.__getitem__, 1, 2)
+    assert reader_of(tensors, declared).kv_scales(tensors.__getitem__, 1, 2) is None
     scheme = {"type": "float", "num_bits": 8, "dynamic": False}
     for place in (declared, in_config("FP8", kv_cache_scheme=scheme)):
         tensors["model.layers.0.self_attn.k_proj.k_scale"] = np.asarray(1.0, np.float32)
@@ -132,6 +131,15 @@ def test_kv_cache(rng: np.random.Generator) -> None:
         scales = reader_of(tensors, place).kv_scales(tensors.__getitem__, 1, 2)
         assert scales is not None and scales.dtype == "float8_e4m3fn"
         np.testing.assert_array_equal(scales.values[0], np.full(2, 1.5, np.float32))
+
+
+def test_only_the_kv_cache_is_quantized() -> None:
+    tensors = {f"{LAYER}.weight": np.zeros((N, K), np.float32)}
+    place = own_file("FP8", quant_algo=None, kv_cache_quant_algo="INT8")
+    reader = reader_of(tensors, place)
+    assert not reader.is_quantized(LAYER)
+    with pytest.raises(CheckpointError, match="quant_algo=None is not supported"):
+        reader_of(tensors, own_file("FP8", quant_algo=None))
 
 
 def test_refusals(rng: np.random.Generator) -> None:

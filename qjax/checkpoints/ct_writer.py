@@ -114,7 +114,7 @@ def layer_specs(q: QuantizedArray) -> dict[str, TensorSpec]:
     if q.perm is not None:
         specs["weight_g_idx"] = TensorSpec(np.dtype("i4"), (k,))
     if q.act_scale is not None:
-        specs["input_scale"] = TensorSpec(np.dtype("f4"), (1,))
+        specs["input_scale"] = TensorSpec(act_scale(q).dtype, (1,))
     return specs
 
 
@@ -162,8 +162,21 @@ def pack_layer(q: QuantizedArray) -> dict[str, np.ndarray]:
         scale = scale.view(np.uint8)
     tensors["weight_scale"] = _flat(scale, fmt)
     if q.act_scale is not None:
-        tensors["input_scale"] = np.asarray(q.act_scale, np.float32).reshape(1)
+        tensors["input_scale"] = act_scale(q).reshape(1)
     return tensors
+
+
+def act_scale(q: QuantizedArray) -> np.ndarray:
+    """The static activation scale in the type of the weight's scales, where that loses nothing.
+
+    Writers use one type for both, and in memory this one is always float32.
+    """
+    scale = np.asarray(q.act_scale, np.float32)
+    if q.fmt.scale_dtype in _ORDINARY_SCALES:
+        narrow = scale.astype(np.dtype(q.fmt.scale_dtype))
+        if narrow.astype(np.float32) == scale:
+            return narrow
+    return scale
 
 
 def _flat(scale: np.ndarray, fmt: QuantFormat) -> np.ndarray:

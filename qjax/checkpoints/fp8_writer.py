@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.checkpoints.ct_writer import pack_kv_scales
+from qjax.checkpoints.ct_writer import act_scale, pack_kv_scales
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.scales import tile_counts
 from qjax.checkpoints.writer import Linears, TensorSpec
@@ -105,7 +105,7 @@ class Fp8Writer:
             f"{layer}.{_scale_name(q)}": TensorSpec(np.dtype(q.fmt.scale_dtype), shape),
         }
         if q.act_scale is not None:
-            specs[f"{layer}.input_scale"] = TensorSpec(np.dtype("f4"), ())
+            specs[f"{layer}.input_scale"] = TensorSpec(act_scale(q).dtype, ())
         return specs
 
     def tensors(self, layer: str, q: QuantizedArray) -> Mapping[str, np.ndarray]:
@@ -118,7 +118,7 @@ class Fp8Writer:
             ),
         }
         if q.act_scale is not None:
-            tensors[f"{layer}.input_scale"] = np.asarray(q.act_scale, np.float32).reshape(())
+            tensors[f"{layer}.input_scale"] = act_scale(q).reshape(())
         return tensors
 
     def extra(self) -> Mapping[str, np.ndarray]:

@@ -84,16 +84,20 @@ class ModeloptReader:
                 )
             config = inner
         elif not str(config.get("quant_method")).startswith("modelopt"):
-            return None
+            if config.get("quant_method") is not None or "quant_algo" not in config:
+                return None
         algorithm = config.get("quant_algo")
+        kv_dtype = _kv_dtype(config, where)
         layers = None
-        if algorithm == "MIXED_PRECISION":
+        if algorithm is None and kv_dtype is not None:
+            layers = {}  # only the KV cache is quantized
+        elif algorithm == "MIXED_PRECISION":
             layers = _mixed(config.get("quantized_layers"), where)
         else:
             _known(algorithm, where)
         if algorithm in ("NVFP4", "W4A16_NVFP4") and config.get("group_size", 16) != 16:
             raise CheckpointError(f"{where}: group_size={config['group_size']!r} must be 16")
-        reader = cls(source, str(algorithm), layers, _kv_dtype(config, where))
+        reader = cls(source, str(algorithm), layers, kv_dtype)
         reader._check(config, where)
         return reader
 
@@ -161,15 +165,11 @@ class ModeloptReader:
         return kv_scale_names(self.source.tensors, num_layers)
 
     def kv_scales(self, get: GetTensor, num_layers: int, num_kv_heads: int) -> KVScales | None:
-        """Static KV cache scales, or None."""
-        return read_kv_scales(
-            self.source.tensors,
-            get,
-            num_layers,
-            num_kv_heads,
-            dtype=self.kv_dtype or "float8_e4m3fn",
-            declared=None if self.kv_dtype is None else "kv_cache_quant_algo",
-        )
+        """Static KV cache scales, or None: also where the config has a ``kv_cache_quant_algo`` and
+        no scales are stored, as in models exported without calibrating the cache. Nothing is
+        assumed then, the cache is as the caller chooses it."""
+        dtype = self.kv_dtype or "float8_e4m3fn"
+        return read_kv_scales(self.source.tensors, get, num_layers, num_kv_heads, dtype=dtype)
 
     def _check(self, config: Mapping[str, Any], where: str) -> None:
         excluded = config.get("exclude_modules", config.get("ignore")) or []
@@ -204,7 +204,7 @@ class ModeloptReader:
                 raise CheckpointError(
                     f"{where}: there is {name} but {layer}.weight is missing or not quantized"
                 )
-        if not some:
+        if not some and self.layers != {}:
             raise CheckpointError(f"{where}: no weight is quantized; the config says otherwise")
 
 
