@@ -53,11 +53,14 @@ def sequences() -> list[np.ndarray]:
 
 
 def by_hand(params: Any, sequences: list[np.ndarray]) -> float:
-    """Sum of negative log likelihoods, one unpadded sequence at a time."""
+    """Sum of negative log likelihoods, one sequence at a time, in float64 after the logits."""
+    apply = jax.jit(lambda tokens: MODULE.apply({"params": params}, tokens)[0])
+    longest = max(map(len, sequences))
     total = 0.0
     for ids in sequences:
-        logits = np.asarray(MODULE.apply({"params": params}, jnp.asarray(ids[None, :-1]))[0][0])
-        logits = logits.astype(np.float64)
+        padded = np.zeros((1, longest), np.int32)
+        padded[0, : len(ids)] = ids
+        logits = np.asarray(apply(padded), np.float64)[0, : len(ids) - 1]
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         total -= logp[np.arange(len(ids) - 1), ids[1:]].sum()
     return total
@@ -65,7 +68,7 @@ def by_hand(params: Any, sequences: list[np.ndarray]) -> float:
 
 def test_scores_equal_those_by_hand_whatever_the_batching(params, sequences) -> None:
     wanted = by_hand(params, sequences)
-    for kv, batch_size, chunk in [(None, 2, 128), (PLAIN, 2, 8), (PLAIN, 8, 128)]:
+    for kv, batch_size, chunk in [(None, 2, 128), (PLAIN, 2, 8)]:
         scores = evaluation.score(
             MODULE, params, sequences, kv_format=kv, batch_size=batch_size, chunk=chunk
         )
@@ -90,18 +93,18 @@ def test_the_cache_format_shows_in_perplexity_and_agreement(params, sequences) -
     assert 0 < int8.kl < int4.kl / 10
     half = run([PLAIN, parse_kv_format("int4", model_dtype=jnp.float32)])
     assert half.kl is not None and int8.kl < half.kl < int4.kl
-    weights = run(PLAIN, quantize_tree(params, {memory.LINEAR_KERNELS: FORMATS["int4_g32"]}))
-    assert weights.kl is not None and weights.kl > int8.kl
-    assert weights.top1_agreement is not None and weights.top1_agreement < 1
+    assert int4.top1_agreement is not None and int4.top1_agreement < 1
 
 
 def test_static_scales_reach_the_cache(params, sequences) -> None:
     fmt = parse_kv_format("int8", mode="static", model_dtype=jnp.float32)
-    wide = [(np.full(2, 1.0, np.float32), np.full(2, 1.0, np.float32))] * 2
     with pytest.raises(ValueError, match="static"):
         evaluation.score(MODULE, params, sequences, kv_format=fmt)
-    coarse = evaluation.score(MODULE, params, sequences, kv_format=fmt, static_scales=wide)
-    assert abs(coarse.nll - by_hand(params, sequences)) > 0.1
+    coarse = [(np.full(2, 100, np.float32), np.full(2, 100, np.float32))] * 2
+    scores = evaluation.score(
+        MODULE, params, sequences, kv_format=fmt, static_scales=coarse, batch_size=5, chunk=16
+    )
+    assert abs(scores.nll - by_hand(params, sequences)) > 0.1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,140 @@
+"""scripts/compare.py from the command line to its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qjax.models.config import ModelConfig
+from qjax.models.decoder import Decoder
+from qjax.training import bpe, folder, loop
+from scripts import compare
+
+TEXT = "the cat sat on the mat and the dog sat on the log.\n\nwhy did the cat sit?\n" * 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with a tokenizer, untrained but with predictions that differ."""
+    path = tmp_path_factory.mktemp("model")
+    bpe.load_or_train_tokenizer(path, TEXT, 300, model_max_length=64)
+    config = ModelConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=32,
+        num_layers=1,
+        num_q_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+    )
+    params = loop.init_params(Decoder(config), 0)
+    folder.export_hf(jax.tree.map(lambda p: p * 8 if p.ndim == 2 else p, params), config, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_every_combination_becomes_a_row(model: Path, text: Path, tmp_path: Path, capsys) -> None:
+    argv = f"--model {model} --text {text} --output-dir {tmp_path} --formats bf16,int4_g32"
+    argv += " --kv-cache-dtypes float32,int8:dynamic --seq-len 32 --max-tokens 50 --batch-size 2"
+    compare.main([*argv.split(), "--dtype", "float32"])
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [(r["format"], r["kv_cache_dtype"]) for r in rows] == [
+        ("bf16", "float32"),
+        ("bf16", "int8:dynamic"),
+        ("int4_g32", "float32"),
+        ("int4_g32", "int8:dynamic"),
+    ]
+    same, kv, weights, both = rows
+    assert same["kl"] == pytest.approx(0, abs=1e-6) and same["top1_agreement"] == 1
+    assert 0 < kv["kl"] < weights["kl"]
+    assert same["perplexity_change"] is None and kv["perplexity_change"] != 0
+    assert weights["weight_bytes"] < same["weight_bytes"] == kv["weight_bytes"]
+    assert kv["kv_bytes_per_token"] == 2 * (16 + 4) and same["kv_bytes_per_token"] == 2 * 16 * 4
+    for row in rows:
+        assert row["tokens"] == 50 and row["perplexity"] > 1
+        assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0
+        assert row["backend"] == "cpu" and row["device"]
+    table = (tmp_path / "results.md").read_text()
+    assert table.count("\n| ") == 5 and "int8:dynamic" in table
+    out = capsys.readouterr().out
+    assert "results.json" in out and "| bf16 | float32 |" in out
+
+
+def test_pieces_between_separators_are_scored_one_by_one(model: Path, text: Path) -> None:
+    argv = ["--text", str(text), "--output-dir", "unused", "--separator", "why"]
+    args = compare.parse_args(argv)
+    loaded = compare.load_model(model, progress=False)
+    data = compare.sequences(args, loaded, TEXT, 64)
+    decode = loaded.require_tokenizer().decode
+    spelled = [decode(list(map(int, window[1:]))) for window in data]
+    assert spelled == [piece.strip() for piece in TEXT.split("why")]
+    assert all(window[0] == 0 for window in data)
+    with pytest.raises(ValueError, match="gives no token"):
+        compare.sequences(args, loaded, " ", 64)
+
+
+def test_memory_only_needs_no_weights(model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "small" / "config.json"
+    config.parent.mkdir()
+    config.write_text((model / "config.json").read_text())
+    argv = f"--memory-only --configs {config} --output-dir {tmp_path} --formats bf16,int4"
+    compare.main(argv.split())
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [r["model"] for r in rows] == ["small", "small"]
+    plain, int4 = rows
+    elements = plain["nominal_bytes"] // 2
+    assert int4["nominal_bytes"] == elements // 2
+    linear = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 32  # q o, k v, gate up down
+    assert int4["weight_bytes"] == int4["unquantized_bytes"] + int4["scale_bytes"] + linear // 2
+    assert int4["scale_bytes"] == (5 * 32 + 2 * 16) * 4  # one group of rows in every column
+    assert not (tmp_path / "results.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("", "--text is needed"),
+        ("--text t --memory-only", "leave --text out"),
+        ("--text t --configs c", "needs --memory-only"),
+        ("--text t --formats int5", "unknown format 'int5'"),
+        ("--text t --kv-cache-dtypes fp4", "'fp4' is unknown"),
+        ("--text t --kv-cache-dtypes int8:fast", "'fast' is unknown"),
+        ("--text t --batch-size 0", "--batch-size 0 is too small"),
+        ("--text none.txt", "'none.txt' does not exist"),
+    ],
+)
+def test_errors_come_before_any_work(argv: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare.main([*argv.split(), "--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantized_models_are_scored_as_they_are(model: Path, text: Path, tmp_path: Path) -> None:
+    from qjax.checkpoints.export import save_model
+    from qjax.evaluation.memory import LINEAR_KERNELS
+    from qjax.formats import INT8_CHANNEL
+    from qjax.quantize import quantize_tree
+
+    loaded = compare.load_model(model, dtype=jnp.float32, progress=False)
+    params = quantize_tree(loaded.params, {LINEAR_KERNELS: INT8_CHANNEL})
+    quantized = tmp_path / "quantized"
+    save_model(quantized, loaded.config, params, "compressed-tensors", source=model, progress=False)
+    argv = f"--model {quantized} --text {text} --output-dir {tmp_path} --max-tokens 20 --no-speed"
+    with pytest.raises(ValueError, match="quantized already"):
+        compare.main([*argv.split(), "--formats", "int4"])
+    compare.main([*argv.split(), "--formats", "none", "--seq-len", "16"])
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert row["scale_bytes"] > 0 and "decode_tokens_per_s" not in row
