@@ -220,7 +220,14 @@ def build_engine(args: argparse.Namespace, folder: Path, length: int) -> tuple[E
         num_pages=None if total is None else total // args.page_size,
         chunked_prefill_size=args.chunked_prefill_size or (2048 if on_gpu else 256),
     )
-    engine = Engine(model.module, model.params, config, formats, static_scales=scales)
+    engine = Engine(
+        model.module,
+        model.params,
+        config,
+        formats,
+        static_scales=scales,
+        on_compile=lambda name: note(args, f"compiling {name}"),
+    )
     weights = model.method or args.quantization
     names = list(dict.fromkeys(f.name for f in formats))
     return engine, [str(weights), " and ".join(names)]
@@ -349,7 +356,7 @@ class Interrupted(Exception):
 def note(args: argparse.Namespace, line: str) -> None:
     """A line for the user, apart from the results on standard output."""
     if not args.quiet:
-        print(line, file=sys.stderr)
+        tqdm.write(line, file=sys.stderr)  # does not break a progress bar
 
 
 def main(argv: Sequence[str] | None = None) -> int:

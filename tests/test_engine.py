@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qjax.checkpoints.hf import load_model
 from qjax.formats import parse_format
 from qjax.kv_format import KVFormat, parse_kv_format
 from qjax.models.config import ModelConfig
@@ -22,14 +24,18 @@ from qjax.serving.scheduler import Scheduler, Task, chunk_length, rows_at
 WEIGHTS = ("none", "fp8", "fp8_e5m2", "int8", "int4_g32", "w8a8_fp8", "w8a8_int8")
 KV = ("bf16", "fp8_e5m2", "fp8_e4m3", "int8", "int4")
 VOCAB = 96
+ANNOUNCED: list[str] = []
 SIZES = dict(max_running_requests=3, max_model_len=64, page_size=8, chunked_prefill_size=16)
 
 
 def make_engine(
-    weights: tuple[str, ...], kv: tuple[KVFormat, ...], **sizes: Any
+    weights: tuple[str, ...],
+    kv: tuple[KVFormat, ...],
+    on_compile: Callable[[str], None] | None = None,
+    **sizes: Any,
 ) -> tuple[Engine, Any]:
     """An engine on a random model whose layer i has weights[i] and kv[i]; and its parameters."""
-    config = ModelConfig(
+    model = ModelConfig(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=96,
@@ -40,7 +46,7 @@ def make_engine(
         max_position_embeddings=128,
         eos_token_ids=(1, 2, 3),
     )
-    module = Decoder(config, dtype=jnp.float32)
+    module = Decoder(model, dtype=jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     rng = np.random.default_rng(0)
 
@@ -52,7 +58,8 @@ def make_engine(
     params = jax.tree.map(values, shapes["params"])
     rules = {f"model/layers_{i}/.*kernel": parse_format(w) for i, w in enumerate(weights)}
     params = quantize_tree(params, rules)
-    return Engine(module, params, EngineConfig(**{**SIZES, **sizes}), kv), params
+    config = EngineConfig(**{**SIZES, **sizes})
+    return Engine(module, params, config, kv, on_compile=on_compile), params
 
 
 def kv_of(*names: str) -> tuple[KVFormat, ...]:
@@ -62,7 +69,7 @@ def kv_of(*names: str) -> tuple[KVFormat, ...]:
 @functools.cache
 def plain_engine() -> tuple[Engine, Any]:
     """Unquantized, and with pages for less than three longest sequences, so that requests wait."""
-    return make_engine(("none", "none"), kv_of("auto", "auto"), num_pages=12)
+    return make_engine(("none", "none"), kv_of("auto", "auto"), ANNOUNCED.append, num_pages=12)
 
 
 def requests(**settings: Any) -> list[Request]:
@@ -120,6 +127,20 @@ def test_greedy_equals_the_forward_pass_without_a_cache():
 
 def engine_config(engine: Engine) -> dict[str, Any]:
     return engine.module.config.to_hf()
+
+
+def test_a_trained_model_continues_as_transformers_does(shared_data):
+    """Prompts cut from one greedy text at different places, all running at once."""
+    folder = shared_data / "tinystories-656k-llama-hf"
+    reference = np.load(folder / "reference_hf_transformers_fp32.npz")
+    known, first = reference["greedy_ids"].tolist(), int(reference["prompt_len"])
+    model = load_model(folder, dtype="float32", progress=False)
+    sizes = EngineConfig(max_running_requests=3, max_model_len=192, chunked_prefill_size=16)
+    engine = Engine(model.module, model.params, sizes, kv_of("auto")[0])
+    cuts = [first, first + 1, 40, 77, 140]
+    work = [Request(known[:n], SamplingParams(max_new_tokens=len(known) - n)) for n in cuts]
+    for n, completion in zip(cuts, engine.generate(work), strict=True):
+        assert list(completion.token_ids) == known[n:]
 
 
 def test_finish_reasons_and_streaming():
@@ -207,6 +228,11 @@ def test_impossible_requests_are_refused_before_anything_runs(prompt, new, messa
     with pytest.raises(ValueError, match=message):
         engine.generate([good, Request(prompt, SamplingParams(max_new_tokens=new))])
     assert engine.stats.prefill_passes == passes and not engine.has_work
+
+
+def test_compiling_is_announced_once():
+    plain_engine()[0].generate(requests())
+    assert ANNOUNCED == ["prefill of 3 x 16 tokens", "decode"]
 
 
 def test_logits_that_are_not_finite_are_an_error():

@@ -148,6 +148,7 @@ class Engine:
         *,
         static_scales: StaticScales | None = None,
         eos_ids: Sequence[int] | None = None,
+        on_compile: Callable[[str], None] | None = None,
     ) -> None:
         """Allocate the cache. Programs are compiled when they are first needed.
 
@@ -158,6 +159,8 @@ class Engine:
           kv_format: Format of the KV cache, one or one per layer.
           static_scales: Scales of layers whose format is static.
           eos_ids: End-of-sequence tokens; those of the model's configuration if None.
+          on_compile: Called with the name of a program that is about to be compiled, which may
+            take many seconds.
 
         Raises:
           ValueError: If ``max_model_len`` is longer than the model was made for, or sizes and
@@ -193,8 +196,9 @@ class Engine:
         self.next_id = 0
         on_gpu = jax.devices()[0].platform == "gpu"
         self._prefill_rows = config.prefill_rows or (16 if on_gpu else 4)
+        self._on_compile = on_compile
         self._compiler_options = compiler_options(activation_qtype(params))
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._compiled: dict[str, Callable[..., Any]] = {}
         self._prefill = jax.jit(
             functools.partial(prefill, module.apply, self._eos_ids), donate_argnums=(1, 2)
         )
@@ -265,7 +269,8 @@ class Engine:
 
         Raises:
           ValueError: If a request cannot run, with its index.
-          FloatingPointError: If the model's logits stop being finite.
+          FloatingPointError: If the model's logits stop being finite. Requests that have not ended
+            are then lost, and the engine should be thrown away.
         """
         for index, request in enumerate(requests):
             try:
@@ -359,7 +364,9 @@ class Engine:
             stops=jnp.asarray(stops),
             sampling=SamplingArrays.of(params + [SamplingParams()] * (rows - len(tasks))),
         )
-        chosen, seconds = self._call(("prefill", rows, length), self._prefill, batch, tasks)
+        chosen, seconds = self._call(
+            f"prefill of {rows} x {length} tokens", self._prefill, batch, tasks
+        )
         self.stats.prefill_seconds += seconds
         self.stats.prefill_tokens += int(counts.sum())
         self.stats.prefill_passes += 1
@@ -374,23 +381,25 @@ class Engine:
         return tokens
 
     def _call(
-        self, key: Any, program: Any, argument: Any, tasks: list[Task]
+        self, name: str, program: Any, argument: Any, tasks: list[Task]
     ) -> tuple[np.ndarray, float]:
         """Run a program on cache and state; returns its tokens and the seconds it took."""
         arguments = (self.params, self.cache, self._state, argument)
-        if key not in self._compiled:
+        if name not in self._compiled:
+            if self._on_compile is not None:
+                self._on_compile(name)
             # Ahead of time, so that compiling is never counted as generating.
             start = time.perf_counter()
             lowered = program.lower(*arguments)
-            self._compiled[key] = lowered.compile(compiler_options=self._compiler_options)
+            self._compiled[name] = lowered.compile(compiler_options=self._compiler_options)
             self.stats.compile_seconds += time.perf_counter() - start
             self.stats.programs += 1
         start = time.perf_counter()
-        self.cache, self._state, tokens, finite = self._compiled[key](*arguments)
+        self.cache, self._state, tokens, finite = self._compiled[name](*arguments)
         tokens, finite = jax.device_get((tokens, finite))
         seconds = time.perf_counter() - start
         for row, task in enumerate(tasks):
-            if not finite[task.slot if key == "decode" else row]:
+            if not finite[task.slot if name == "decode" else row]:
                 raise FloatingPointError(
                     f"request {task.request_id}: logits are not finite after "
                     f"{len(task.tokens)} new tokens; the weights or this dtype overflow: try "
