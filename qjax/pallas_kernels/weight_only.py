@@ -191,6 +191,14 @@ def config_unsupported_reason(config: Config, p: Problem) -> str | None:
     return None
 
 
+def _pipelining_fits(p: Problem) -> bool:
+    """Whether the registers suffice to unpack one step while ``wgmma`` reads another.
+
+    With 64 rows and several groups per step they do not: ptxas serializes the two (C7512).
+    """
+    return p.rows < 64 or p.group_size in (None, 128)
+
+
 def heuristic_config(p: Problem) -> Config:
     """A config for any supported problem; each branch says what decides it."""
     tiles, steps = p.n // _layout.BLOCK_N, p.k // _layout.BLOCK_K
@@ -216,7 +224,8 @@ def heuristic_config(p: Problem) -> Config:
     warpgroups, splits = max(choices, key=rank)
     # Eight-bit weights wait for memory alone; with four bits the arithmetic takes as long, and
     # four warpgroups (one CTA per multiprocessor anyway) have the registers to overlap the two.
-    pipelined = p.bits == 4 and warpgroups == 4 and (steps // splits) % 2 == 0
+    even = (steps // splits) % 2 == 0
+    pipelined = p.bits == 4 and warpgroups == 4 and even and _pipelining_fits(p)
     # Deep enough to cover the latency of memory; a split too short for eight stages would wait to
     # fill them.
     deepest = 8 if p.bits == 4 and splits == 1 else 4
@@ -229,7 +238,8 @@ def heuristic_config(p: Problem) -> Config:
 
 def search_space(p: Problem) -> list[Config]:
     """Configs worth timing for a problem, for an autotuner."""
-    product = itertools.product((1, 2, 3, 4), (2, 3, 4, 6, 8), (1, 2, 4, 7, 8), (False, True))
+    pipelining = (False, True) if _pipelining_fits(p) else (False,)
+    product = itertools.product((1, 2, 3, 4), (2, 3, 4, 6, 8), (1, 2, 4, 7, 8), pipelining)
     configs = (
         Config(
             warpgroups, stages, splits, pipelined, 104 if pipelined and warpgroups == 4 else None

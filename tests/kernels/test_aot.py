@@ -17,8 +17,8 @@ from qjax.pallas_kernels.weight_only import Config, Problem, smem_bytes
 from tests.kernels.problems import WEIGHTS, shipped
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# ptxas serializes wgmma, or copies its operands, where it cannot prove that registers are free.
-SERIALIZED = ("(C7510)", "(C7513)")
+# What ptxas says (C7510, C7512, C7513 and others) where it makes every wgmma wait for the last.
+SERIALIZED = "instructions are serialized"
 
 
 def _missing() -> str | None:
@@ -56,7 +56,7 @@ def _compile(problems: list[tuple[Problem, Config]]) -> list[str]:
             findings.append(f"{problem}: {report['error']}")
         if report["spilled"]:
             findings.append(f"{problem}: {report['spilled']} bytes spilled")
-        serialized = [text for text in report["warnings"] if text.startswith(SERIALIZED)]
+        serialized = [text for text in report["warnings"] if SERIALIZED in text]
         findings += [f"{problem}: {text}" for text in serialized]
     return findings
 
@@ -89,9 +89,11 @@ def test_float32_outputs() -> None:
 
 
 def test_findings_are_found() -> None:
-    """A config beyond shared memory is an error, in the predicate as in the compiler."""
+    """Too much shared memory, and too few registers (a config that the heuristic avoids)."""
     problem = Problem(64, 4096, 4096, "int4", 32, True)
     too_deep = Config(4, 8)
     assert smem_bytes(too_deep, problem) > 232448
-    findings = _compile([(problem, too_deep)])
-    assert len(findings) == 1 and "bytes of shared memory" in findings[0]
+    crowded = Config(4, 4, 1, True, 104)
+    memory, registers = _compile([(problem, too_deep), (problem, crowded)])
+    assert "bytes of shared memory" in memory
+    assert SERIALIZED in registers
