@@ -13,10 +13,16 @@ Examples:
   python scripts/train.py --text train.txt.xz --valid valid.txt --output-dir runs/books \\
       --hidden-size 384 --intermediate-size 1024 --num-layers 5 --max-steps 5000
 
+  # quantization-aware fine-tuning of an existing model, for INT4
+  python scripts/train.py --text books.txt --init-from runs/books --qat int4_g32 \\
+      --output-dir runs/books-int4 --max-steps 500 --learning-rate 5e-4
+
 The learning rate warms up, then follows a cosine to zero over the budget (steps or seconds), so the
-model is finished when the budget is. Choose the budget first: stopping early wastes the decay.
-Text is UTF-8, plain or .xz. The output folder holds the model, loss.png (needs matplotlib),
-history.json, and under run/ the encoded text and the checkpoints, which may be deleted afterwards.
+model is finished when the budget is. Choose the budget first: stopping early wastes the decay. A
+resumed run may be given another budget. The result of --qat is stored unquantized: load it with the
+same format, as in scripts/serve.py --quantization int4_g32. Text is UTF-8, plain or .xz. The output
+folder holds the model, loss.png (needs matplotlib), history.json, and under run/ the encoded text
+and the checkpoints, which may be deleted afterwards.
 """
 
 from __future__ import annotations
@@ -26,16 +32,19 @@ import dataclasses
 import math
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from qjax.checkpoints.hf import LoadedModel, load_model
+from qjax.formats import parse_format
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
 from qjax.training.bpe import BOS, EOS, load_or_encode, load_or_train_tokenizer, read_text
-from qjax.training.folder import RunFolder, export_hf, plot_losses
+from qjax.training.folder import RunFolder, copy_tokenizer, export_hf, plot_losses
 from qjax.training.loop import (
     TrainingCheckpoints,
     TrainingConfig,
@@ -44,6 +53,17 @@ from qjax.training.loop import (
     mean_loss,
     train,
 )
+from qjax.training.qat import fake_quantized
+
+SIZES = {
+    "vocab_size": (4096, "tokenizer entries"),
+    "hidden_size": (384, "width"),
+    "intermediate_size": (1024, "MLP width"),
+    "num_layers": (5, "decoder layers"),
+    "num_heads": (6, "query heads"),
+    "num_kv_heads": (2, "key/value heads"),
+    "head_dim": (64, "features per head"),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,13 +76,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output-dir", required=True, help="where the model goes; give it again to resume")
     add("--max-steps", type=int, help="budget in updates (resuming is exact)")
     add("--max-seconds", type=float, help="budget in seconds of training, over all sessions")
-    add("--vocab-size", type=int, default=4096, help="tokenizer entries (default %(default)s)")
-    add("--hidden-size", type=int, default=384, help="width (default %(default)s)")
-    add("--intermediate-size", type=int, default=1024, help="MLP width (default %(default)s)")
-    add("--num-layers", type=int, default=5, help="decoder layers (default %(default)s)")
-    add("--num-heads", type=int, default=6, help="query heads (default %(default)s)")
-    add("--num-kv-heads", type=int, default=2, help="key/value heads (default %(default)s)")
-    add("--head-dim", type=int, default=64, help="features per head (default %(default)s)")
+    add("--init-from", help="start from this model folder or hub id: its sizes, its tokenizer")
+    for name, (default, what) in SIZES.items():
+        add(f"--{name.replace('_', '-')}", type=int, help=f"{what} (default {default})")
     add("--seq-len", type=int, default=512, help="context in tokens (default %(default)s)")
     add("--batch-size", type=int, default=8, help="sequences per update (default %(default)s)")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="default %(default)s")
@@ -75,8 +91,46 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="bfloat16",
         help="compute dtype; parameters and optimizer stay float32 (default %(default)s)",
     )
+    add("--qat", metavar="FORMAT", help="train the weights for this format, such as int4_g32")
     add("--checkpoint-seconds", type=float, default=300.0, help="default %(default)s")
     return parser.parse_args(argv)
+
+
+def load_initial(args: argparse.Namespace) -> LoadedModel | None:
+    """The model of --init-from, in float32."""
+    if args.init_from is None:
+        return None
+    if given := [name for name in SIZES if getattr(args, name) is not None]:
+        raise ValueError(f"--init-from takes its sizes from the model; leave out {given}")
+    loaded = load_model(args.init_from, dtype=jnp.float32)
+    loaded.require_tokenizer()
+    if loaded.method is not None:
+        raise ValueError(f"{args.init_from} is quantized ({loaded.method}); use the original")
+    if loaded.config.bos_token_id is None:
+        raise ValueError(f"{args.init_from} has no bos_token_id, with which every row begins")
+    if args.seq_len > loaded.config.max_position_embeddings:
+        raise ValueError(
+            f"--seq-len {args.seq_len} exceeds the {loaded.config.max_position_embeddings} "
+            "positions of the model"
+        )
+    return loaded
+
+
+def new_config(args: argparse.Namespace) -> ModelConfig:
+    """A Llama-type model of the given sizes."""
+    sizes = {k: d if getattr(args, k) is None else getattr(args, k) for k, (d, _) in SIZES.items()}
+    return ModelConfig(
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_layers=sizes["num_layers"],
+        num_q_heads=sizes["num_heads"],
+        num_kv_heads=sizes["num_kv_heads"],
+        head_dim=sizes["head_dim"],
+        max_position_embeddings=args.seq_len,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,41 +145,38 @@ def main(argv: list[str] | None = None) -> None:
         weight_decay=args.weight_decay,
         seed=args.seed,
     )
-    config = ModelConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_layers=args.num_layers,
-        num_q_heads=args.num_heads,
-        num_kv_heads=args.num_kv_heads,
-        head_dim=args.head_dim,
-        max_position_embeddings=args.seq_len,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-    )
+    qat = None if args.qat is None else parse_format(args.qat)
     # Every input is read before any work is done.
     text = read_text(args.text)
     valid_text = read_text(args.valid) if args.valid else None
-    folder = RunFolder(args.output_dir)
-    folder.check_settings({"model": config.to_hf(), "dtype": args.dtype}, training)
-
+    initial = load_initial(args)
+    config = new_config(args) if initial is None else initial.config
     out = Path(args.output_dir)
-    tokenizer = load_or_train_tokenizer(out, text, args.vocab_size, model_max_length=args.seq_len)
-    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-    config = dataclasses.replace(config, bos_token_id=bos, eos_token_ids=(eos,))
-    tokens = load_or_encode(folder.run / "train.npy", tokenizer, text)
-    valid = None
-    if valid_text is not None:
-        valid = load_or_encode(folder.run / "valid.npy", tokenizer, valid_text)
+    folder = RunFolder(out)
+    settings = {"model": config.to_hf(), "dtype": args.dtype, "qat": args.qat}
+    settings |= {"init_from": args.init_from, "text_crc32": zlib.crc32(text.encode())}
+    folder.check_settings(settings, training)
+
+    if initial is not None:
+        copy_tokenizer(initial.folder, out)
+    tokenizer = load_or_train_tokenizer(out, text, config.vocab_size, model_max_length=args.seq_len)
+    if initial is None:
+        bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+        config = dataclasses.replace(config, bos_token_id=bos, eos_token_ids=(eos,))
+    bos = config.bos_token_id
+    assert bos is not None
+    tokens = load_or_encode(folder.run, tokenizer, text)
+    valid = None if valid_text is None else load_or_encode(folder.run, tokenizer, valid_text)
     del text
 
     module = Decoder(config, dtype=jnp.dtype(args.dtype))
 
     def apply_fn(params, tokens, positions):
+        params = params if qat is None else fake_quantized(params, qat)
         return module.apply({"params": params}, tokens, positions)[0]
 
     checkpoints = TrainingCheckpoints(folder.run / "checkpoints")
-    fresh = init_state(module, training)
+    fresh = init_state(module, training, None if initial is None else initial.params)
     state = checkpoints.restore(fresh) or fresh
     history = folder.load_history(state.step)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))

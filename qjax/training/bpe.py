@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,17 +79,15 @@ def train_bpe(text: str, vocab_size: int, *, sample_chars: int = 20_000_000) -> 
       A ``tokenizers.Tokenizer``.
 
     Raises:
-      ValueError: If ``vocab_size`` leaves no room for the bytes and the special tokens, or exceeds
-      65,536 (token
-        files hold 16-bit ids).
+      ValueError: If ``vocab_size`` leaves no room for the bytes and the special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     least = 256 + len(SPECIAL_TOKENS)
-    if not least <= vocab_size <= 65536:
+    if vocab_size < least:
         raise ValueError(
-            f"{vocab_size=} must be between {least} (bytes and special tokens) and 65536; "
-            "4096 suits small models"
+            f"{vocab_size=} must be at least {least} (bytes and special tokens); 4096 suits small "
+            "models"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -127,12 +126,16 @@ def save_tokenizer(tokenizer: Any, directory: str | Path, *, model_max_length: i
 
 
 def encode_corpus(tokenizer: Any, text: str, *, chunk_chars: int = 200_000) -> np.ndarray:
-    """Encodes a long text without special tokens, in parallel pieces: uint16 ``[tokens]``."""
+    """Encodes a long text without special tokens, in parallel pieces: ``[tokens]``.
+
+    Ids are uint16, or uint32 where the vocabulary has more than 65,536 entries.
+    """
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 65536 else np.uint32
     pieces = list(split_text(text, chunk_chars))
     encoded = []
     for start in range(0, len(pieces), 64):  # bounded: Encoding objects are some 100 bytes a token
         batch = tokenizer.encode_batch(pieces[start : start + 64], add_special_tokens=False)
-        encoded += [np.asarray(e.ids, np.uint16) for e in batch]
+        encoded += [np.asarray(e.ids, dtype) for e in batch]
     return np.concatenate(encoded)
 
 
@@ -161,9 +164,9 @@ def load_or_train_tokenizer(
     return tokenizer
 
 
-def load_or_encode(path: str | Path, tokenizer: Any, text: str) -> np.ndarray:
-    """Token ids of ``text`` as a memory-mapped uint16 array, encoded once into ``path`` (.npy)."""
-    path = Path(path)
+def load_or_encode(directory: str | Path, tokenizer: Any, text: str) -> np.ndarray:
+    """Token ids of ``text`` as a memory-mapped array, encoded once into a file in ``directory``."""
+    path = Path(directory) / f"tokens-{zlib.crc32(text.encode()):08x}.npy"
     if not path.exists():
         ids = encode_corpus(tokenizer, text)
         with replacing(path) as temporary:

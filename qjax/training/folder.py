@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,14 @@ def export_hf(params: Any, config: ModelConfig, directory: str | Path) -> None:
     write_json(directory / "generation_config.json", generation)
 
 
+def copy_tokenizer(source: str | Path, directory: str | Path) -> None:
+    """Copies the tokenizer of one model folder, with its chat template, into another."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*"):
+        for path in Path(source).glob(pattern):
+            shutil.copyfile(path, Path(directory) / path.name)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Writes indented JSON, atomically."""
     write_text_atomic(path, json.dumps(value, indent=2) + "\n")
@@ -100,14 +109,17 @@ class RunFolder:
     def check_settings(self, model: dict[str, Any], training: TrainingConfig) -> None:
         """Keeps the settings of a new run; compares those of a resumed one.
 
+        Budgets may change: the learning rate then goes on from the fraction of the new one.
+
         Raises:
           ValueError: If the run in this folder was started with other settings, naming them.
         """
         settings = {**model, "training": dataclasses.asdict(training)}
+        for budget in ("max_steps", "max_seconds"):
+            del settings["training"][budget]
         settings = json.loads(json.dumps(settings))
         path = self.run / "settings.json"
         if not path.exists():
-            self.run.mkdir(parents=True, exist_ok=True)
             write_json(path, settings)
             return
         before = flatten_dict(json.loads(path.read_text(encoding="utf-8")), sep=".")

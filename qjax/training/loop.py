@@ -116,9 +116,9 @@ def init_params(module: Any, seed: int) -> PyTree:
     return jax.tree.unflatten(treedef, [leaf(i, path, x) for i, (path, x) in enumerate(leaves)])
 
 
-def init_state(module: Any, config: TrainingConfig) -> TrainingState:
-    """Fresh parameters and optimizer state."""
-    params = init_params(module, config.seed)
+def init_state(module: Any, config: TrainingConfig, params: PyTree | None = None) -> TrainingState:
+    """The state before the first step: fresh parameters unless some are given."""
+    params = init_params(module, config.seed) if params is None else params
     return TrainingState(params, jax.jit(make_optimizer(config).init)(params), 0, 0.0)
 
 
@@ -260,7 +260,11 @@ class TrainingCheckpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2, create=True, enable_async_checkpointing=False
         )
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+        self._manager = ocp.CheckpointManager(
+            Path(directory).absolute(),
+            options=options,
+            item_handlers=ocp.StandardCheckpointHandler(),
+        )
 
     def save(self, state: TrainingState) -> None:
         """Writes ``state``; an interrupted write leaves the previous checkpoint in force."""
@@ -278,13 +282,20 @@ class TrainingCheckpoints:
         if step is None:
             return None
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flatten(like))
-        try:
-            stored = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
-        except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"the checkpoint of step {step} does not fit this model and optimizer; use the "
-                f"settings it was made with, or another output directory ({str(error)[:300]})"
-            ) from error
+        # Compared before orbax starts to read, which it does in many threads.
+        stored = dict(self._manager.item_metadata(step).tree)
+        for name in sorted(stored.keys() | wanted.keys()):
+            old, new = (
+                None if x is None else (x.shape, str(np.dtype(x.dtype)))
+                for x in (stored.get(name), wanted.get(name))
+            )
+            if old != new:
+                raise ValueError(
+                    f"the checkpoint of step {step} does not fit this model and optimizer: {name} "
+                    f"is {old} there and {new} here; use the settings it was made with, or another "
+                    "output directory"
+                )
+        stored = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
         arrays = {k: v for k, v in stored.items() if k not in ("step", "elapsed")}
         treedef = jax.tree.structure((like.params, like.opt_state))
         params, opt_state = jax.tree.unflatten(
