@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +14,17 @@ from tqdm import tqdm
 
 from qjax import info
 from qjax.assets import bundled_model_path
-from qjax.checkpoints.hf import load_model, resolve_folder
-from qjax.formats import FORMATS, parse_format
+from qjax.checkpoints.hf import resolve_folder
+from qjax.formats import FORMATS
 from qjax.models.config import ModelConfig
 from qjax.sampling import SamplingParams
-from qjax.serving import Engine, EngineConfig
+from qjax.serving import Engine
+from qjax.serving.build import ModelChoices, build_engine, engine_config
 from qjax.serving.offline import Job, prepare, run
 from qjax.serving.prompts import Prompt, read_prompts
 from qjax.serving.report import Summary
-from qjax.serving.results import Result, ResultFile, fingerprint
-from qjax.serving.settings import PRESETS, context_length, kv_formats, parse_layers
+from qjax.serving.results import Result, ResultFile, checkpoint_fingerprint, fingerprint
+from qjax.serving.settings import PRESETS, context_length
 from qjax.tokenizer import Tokenizer
 
 KV_TYPES = ("auto", "bf16", "fp8_e5m2", "fp8_e4m3", "int8", "int4")
@@ -175,64 +176,6 @@ def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
     return prompts
 
 
-def resume_settings(args: argparse.Namespace, folder: Path, length: int, jobs: list[Job]) -> dict:
-    """Everything that the results depend on."""
-    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-    return {
-        "model": str(folder.resolve()),
-        "checkpoint": fingerprint([files, config]),
-        "prompts": fingerprint([[j.request.prompt, vars(j.request.params)] for j in jobs]),
-        "quantization": args.quantization,
-        "skip_layers": args.skip_layers,
-        "dtype": args.dtype,
-        "kv_cache_dtype": args.kv_cache_dtype,
-        "kv_scale_mode": args.kv_scale_mode,
-        "kv_skip_layers": args.kv_skip_layers,
-        "max_model_len": length,
-    }
-
-
-def build_engine(args: argparse.Namespace, folder: Path, length: int) -> tuple[Engine, list[str]]:
-    """Load the model and make an engine; also the names of weight and KV cache format."""
-    dtype = None if args.dtype == "auto" else args.dtype
-    model = load_model(
-        folder,
-        quantization=parse_format(args.quantization),
-        skip=args.skip_layers,
-        dtype=dtype,
-        progress=not args.quiet,
-    )
-    formats, scales = kv_formats(
-        args.kv_cache_dtype,
-        args.kv_scale_mode,
-        parse_layers(args.kv_skip_layers),
-        model.config.num_layers,
-        model.module.dtype,
-        model.kv_scales,
-    )
-    on_gpu = jax.devices()[0].platform == "gpu"
-    total = args.max_total_tokens
-    config = EngineConfig(
-        max_running_requests=args.max_running_requests or (32 if on_gpu else 8),
-        max_model_len=length,
-        page_size=args.page_size,
-        num_pages=None if total is None else total // args.page_size,
-        chunked_prefill_size=args.chunked_prefill_size or (2048 if on_gpu else 256),
-    )
-    engine = Engine(
-        model.module,
-        model.params,
-        config,
-        formats,
-        static_scales=scales,
-        on_compile=lambda name: note(args, f"compiling {name}"),
-    )
-    weights = model.method or args.quantization
-    names = list(dict.fromkeys(f.name for f in formats))
-    return engine, [str(weights), " and ".join(names)]
-
-
 class Printer:
     """Prints results in input order, each as soon as all before it are done."""
 
@@ -278,6 +221,9 @@ def generate(args: argparse.Namespace) -> None:
     preset = PRESETS[args.preset or "research"]
     args.quantization = args.quantization or preset.quantization
     args.kv_cache_dtype = args.kv_cache_dtype or preset.kv_cache_dtype
+    choices = ModelChoices(
+        **{f.name: getattr(args, f.name) for f in dataclasses.fields(ModelChoices)}
+    )
     if args.output is not None and Path(args.output).suffix != ".jsonl":
         raise ValueError(f"--output {args.output}: results are JSON lines; name it .jsonl")
     prompts = gather_prompts(args)
@@ -286,37 +232,63 @@ def generate(args: argparse.Namespace) -> None:
     folder = resolve_folder(args.model or bundled_model_path())
     tokenizer = Tokenizer.from_folder(folder)
     jobs = prepare(prompts, tokenizer, defaults, chat=args.chat)
-    length = context_length(ModelConfig.from_hf(folder), jobs, args.max_model_len)
+    config = engine_config(
+        context_length(ModelConfig.from_hf(folder), jobs, args.max_model_len),
+        args.page_size,
+        max_running_requests=args.max_running_requests,
+        max_total_tokens=args.max_total_tokens,
+        chunked_prefill_size=args.chunked_prefill_size,
+    )
+
+    def build() -> tuple[Engine, str, str]:
+        return build_engine(
+            folder,
+            choices,
+            config,
+            progress=not args.quiet,
+            on_compile=lambda name: note(args, f"compiling {name}"),
+        )
+
     if args.output is None:
         printer = Printer(len(jobs), streaming=len(jobs) == 1)
-        engine, formats = build_engine(args, folder, length)
+        engine, *formats = build()
         printer.start(jobs[0].text)
         try:
             run_jobs(args, engine, tokenizer, list(enumerate(jobs)), printer.add, printer.text)
         except KeyboardInterrupt:
             printer.rest()
             raise Interrupted("interrupted; finished results are printed above") from None
-    else:
-        settings = resume_settings(args, folder, length, jobs)
-        with ResultFile(args.output, len(jobs), settings, overwrite=args.overwrite) as file:
-            engine, formats = None, []
-            todo = [(i, job) for i, job in enumerate(jobs) if i not in file.done]
-            if file.done:
-                note(args, f"{len(file.done)} of {len(jobs)} results found in {file.partial}")
-            try:
-                if todo:
-                    engine, formats = build_engine(args, folder, length)
-                    run_jobs(args, engine, tokenizer, todo, file.add, None)
-                file.finish()
-            except KeyboardInterrupt:
-                raise Interrupted(
-                    f"interrupted; {len(file.done)} of {len(jobs)} results are in {file.partial}; "
-                    "the same command goes on from there"
-                ) from None
-        note(args, f"{len(jobs)} results in {args.output}")
-    if engine is not None:
-        for line in Summary.of(engine).lines(*formats):
-            note(args, line)
+        summarize(args, engine, *formats)
+        return
+    settings = {
+        "model": str(folder.resolve()),
+        "checkpoint": checkpoint_fingerprint(folder),
+        "prompts": fingerprint([[j.request.prompt, vars(j.request.params)] for j in jobs]),
+        "max_model_len": config.max_model_len,
+        **dataclasses.asdict(choices),
+    }
+    with ResultFile(args.output, len(jobs), settings, overwrite=args.overwrite) as file:
+        todo = [(i, job) for i, job in enumerate(jobs) if i not in file.done]
+        if file.done:
+            note(args, f"{len(file.done)} of {len(jobs)} results found in {file.partial}")
+        try:
+            if todo:
+                engine, *formats = build()
+                run_jobs(args, engine, tokenizer, todo, file.add, None)
+                summarize(args, engine, *formats)
+            file.finish()
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted; {len(file.done)} of {len(jobs)} results are in {file.partial}; "
+                "the same command goes on from there"
+            ) from None
+    note(args, f"{len(jobs)} results in {args.output}")
+
+
+def summarize(args: argparse.Namespace, engine: Engine, weights: str, kv_cache: str) -> None:
+    """Speed and memory."""
+    for line in Summary.of(engine).lines(weights, kv_cache):
+        note(args, line)
 
 
 def run_jobs(

@@ -247,7 +247,7 @@ def test_a_damaged_partial_file_is_an_error(model, tmp_path, capsys):
             ("--skip-layers", "layer_0", "--quantization", "int8"),
             "match none of the 7 parameters",
         ),
-        (['{"prompt": "a"}'], ("--max-total-tokens", 32), "must hold one longest sequence"),
+        (['{"prompt": "a"}'], ("--max-total-tokens", 32), "must hold one longest request"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_code_2(lines, flags, message, model, tmp_path, capsys):

@@ -45,6 +45,12 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def checkpoint_fingerprint(folder: Path) -> str:
+    """Short hash of a checkpoint's configuration and of the names and sizes of its weight files."""
+    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    return fingerprint([files, (folder / "config.json").read_text(encoding="utf-8")])
+
+
 def json_line(values: Mapping[str, Any]) -> str:
     """One line of JSON, readable, and without the characters at which some readers split lines."""
     line = json.dumps(dict(values), ensure_ascii=False)

@@ -1,0 +1,125 @@
+"""From a checkpoint folder and a user's choices to a running engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from qjax.checkpoints.hf import load_model
+from qjax.formats import parse_format
+from qjax.serving.engine import Engine, EngineConfig
+from qjax.serving.settings import kv_formats, parse_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoices:
+    """What a user may choose about a model; results depend on all of it.
+
+    Attributes:
+      quantization: Weight format by its command-line name.
+      skip_layers: Regular expression on parameter paths to leave unquantized, or None.
+      dtype: Compute type, or ``auto`` for the checkpoint's.
+      kv_cache_dtype: See ``kv_formats``.
+      kv_scale_mode: See ``kv_formats``.
+      kv_skip_layers: Layers with an unquantized KV cache, such as ``0,1,-1``.
+    """
+
+    quantization: str = "none"
+    skip_layers: str | None = None
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    kv_scale_mode: str | None = None
+    kv_skip_layers: str = ""
+
+
+def engine_config(
+    max_model_len: int,
+    page_size: int,
+    *,
+    max_running_requests: int | None = None,
+    max_total_tokens: int | None = None,
+    chunked_prefill_size: int | None = None,
+) -> EngineConfig:
+    """Sizes of an engine; None for what suits the default device.
+
+    Args:
+      max_model_len: Longest prompt plus continuation.
+      page_size: Tokens per KV cache page.
+      max_running_requests: Slots; 8 on CPU, 32 on GPU.
+      max_total_tokens: Tokens in the whole KV cache; all slots at their longest.
+      chunked_prefill_size: Prompt tokens per pass; 256 on CPU, 2048 on GPU.
+
+    Raises:
+      ValueError: If a size is out of range.
+    """
+    on_gpu = jax.devices()[0].platform == "gpu"
+    if max_running_requests is None:
+        max_running_requests = 32 if on_gpu else 8
+    if chunked_prefill_size is None:
+        chunked_prefill_size = 2048 if on_gpu else 256
+    if max_total_tokens is not None and max_total_tokens < max_model_len:
+        raise ValueError(
+            f"max_total_tokens={max_total_tokens} must hold one longest request of "
+            f"max_model_len={max_model_len} tokens"
+        )
+    pages = None if max_total_tokens is None else -(-max_total_tokens // page_size)
+    return EngineConfig(
+        max_running_requests=max_running_requests,
+        max_model_len=max_model_len,
+        page_size=page_size,
+        num_pages=pages,
+        chunked_prefill_size=chunked_prefill_size,
+    )
+
+
+def build_engine(
+    folder: Path,
+    choices: ModelChoices,
+    config: EngineConfig,
+    *,
+    progress: bool = True,
+    on_compile: Callable[[str], None] | None = None,
+) -> tuple[Engine, str, str]:
+    """Load a model and make an engine for it.
+
+    Args:
+      folder: Checkpoint folder.
+      choices: Formats and types.
+      config: Sizes.
+      progress: Show a progress bar while weights load.
+      on_compile: See ``Engine``.
+
+    Returns:
+      The engine, and the names of its weight and KV cache formats.
+
+    Raises:
+      ValueError: If the choices do not fit the checkpoint, or it is damaged.
+    """
+    model = load_model(
+        folder,
+        quantization=parse_format(choices.quantization),
+        skip=choices.skip_layers,
+        dtype=None if choices.dtype == "auto" else choices.dtype,
+        progress=progress,
+    )
+    formats, scales = kv_formats(
+        choices.kv_cache_dtype,
+        choices.kv_scale_mode,
+        parse_layers(choices.kv_skip_layers),
+        model.config.num_layers,
+        model.module.dtype,
+        model.kv_scales,
+    )
+    engine = Engine(
+        model.module,
+        model.params,
+        config,
+        formats,
+        static_scales=scales,
+        on_compile=on_compile,
+    )
+    names = dict.fromkeys(f.name for f in formats)
+    return engine, model.method or choices.quantization, " and ".join(names)
