@@ -139,10 +139,12 @@ def _search(
         scale, zero_point = range_scale(low * factors[i, 0], high * factors[i, 1], fmt)
         error = tile_error(scale, zero_point)
         better = error < best_error  # False for NaN: the full range stays
+        if zero_point is not None and best_zero is not None:
+            zero_point = jnp.where(better, zero_point, best_zero)
         return (
             jnp.where(better, error, best_error),
             jnp.where(better, scale, best_scale),
-            None if zero_point is None else jnp.where(better, zero_point, best_zero),
+            zero_point,
         )
 
     start = (tile_error(scale, zero_point), scale, zero_point)
