@@ -240,18 +240,23 @@ def generate(args: argparse.Namespace) -> None:
         chunked_prefill_size=args.chunked_prefill_size,
     )
 
+    streaming = args.output is None and len(jobs) == 1
+
     def build() -> tuple[Engine, str, str]:
         return build_engine(
             folder,
             choices,
             config,
             progress=not args.quiet,
-            on_compile=lambda name: note(args, f"compiling {name}"),
+            # Not into a line of text that is being streamed.
+            on_compile=None if streaming else lambda name: note(args, f"compiling {name}"),
         )
 
     if args.output is None:
-        printer = Printer(len(jobs), streaming=len(jobs) == 1)
+        printer = Printer(len(jobs), streaming)
         engine, *formats = build()
+        if streaming:
+            note(args, "compiling while the text begins")
         printer.start(jobs[0].text)
         try:
             run_jobs(args, engine, tokenizer, list(enumerate(jobs)), printer.add, printer.text)
