@@ -262,16 +262,9 @@ def packed_unsupported_reason(x: Array, w: PackedWeight, *, interpret: bool = Fa
     """
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{x.dtype} activations; the kernels take bfloat16 and float16"
-    compute = _compute_dtype(x, w)
-    if compute == "bfloat16" and x.dtype == jnp.float16:
+    if _compute_dtype(x, w) == "bfloat16" and x.dtype == jnp.float16:
         return "float16 activations meet a weight packed with compute='bfloat16'"
-    problem = weight_only.Problem(math.prod(x.shape[:-1]), *w.shape, w.kind, compute=compute)
-    if w.scales is not None:
-        groups, parts, _ = w.scales.shape
-        problem = dataclasses.replace(
-            problem, group_size=w.shape[0] // groups, zero_point=parts == 2
-        )
-    reason = weight_only.unsupported_reason(problem)
+    reason = weight_only.unsupported_reason(packed_problem(x, w))
     if reason is not None:
         return reason
     if not interpret:
@@ -279,6 +272,23 @@ def packed_unsupported_reason(x: Array, w: PackedWeight, *, interpret: bool = Fa
     if JAX_VERSION < MOSAIC_GPU_MIN_JAX:
         return f"jax {jax.__version__} is older than {'.'.join(map(str, MOSAIC_GPU_MIN_JAX))}"
     return None
+
+
+def packed_problem(
+    x: Array, w: PackedWeight, *, out_dtype: DType | None = None
+) -> weight_only.Problem:
+    """The product ``x @ w`` in the kernel's terms, for its configs; arguments as ``packed_dot``."""
+    problem = weight_only.Problem(
+        math.prod(x.shape[:-1]),
+        *w.shape,
+        w.kind,
+        compute=_compute_dtype(x, w),
+        out_itemsize=jnp.dtype(x.dtype if out_dtype is None else out_dtype).itemsize,
+    )
+    if w.scales is None:
+        return problem
+    groups, parts, _ = w.scales.shape
+    return dataclasses.replace(problem, group_size=w.shape[0] // groups, zero_point=parts == 2)
 
 
 def _compute_dtype(x: Array, w: PackedWeight) -> str:

@@ -1,0 +1,441 @@
+"""Time of activations times a quantized weight, at the shapes of real models' layers.
+
+For every shape, format, number of rows and backend: the product is first compared with the float32
+product of the same quantized operands, then timed on the device (kernel durations by CUPTI on
+NVIDIA GPUs, wall time elsewhere) over several copies of the weight, so that no cache serves it.
+Every format and backend runs in a process of its own, with a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax._device import compiler_options, device_info
+from qjax.formats import FORMATS, QuantFormat, parse_format
+from qjax.ops.dot import quantized_dot
+from qjax.ops.packed import (
+    pack_for_mosaic,
+    pack_unsupported_reason,
+    packed_dot,
+    packed_problem,
+    packed_unsupported_reason,
+)
+from qjax.pallas_kernels import weight_only
+from qjax.quantize import quantize, quantized_nbytes
+
+SHAPES: dict[str, tuple[int, int]] = {
+    "8b_qkv": (4096, 6144),
+    "8b_o": (4096, 4096),
+    "8b_gate_up": (4096, 28672),
+    "8b_down": (14336, 4096),
+    "8b_lm_head": (4096, 128256),
+    "70b_qkv": (8192, 10240),
+    "70b_o": (8192, 8192),
+    "70b_gate_up": (8192, 57344),
+    "70b_down": (28672, 8192),
+    "qwen3_8b_gate_up": (4096, 24576),
+    "qwen3_8b_down": (12288, 4096),
+    "qwen3_8b_lm_head": (4096, 151936),
+    "ideal": (8192, 33792),  # 132 multiprocessors times 256 features
+}
+"""``(k, n)`` of linear layers, projections that share their input fused."""
+
+BACKENDS = ("xla", "mosaic_gpu")
+MAX_ERROR = 5e-3
+"""Largest relative error that is timed: thrice the rounding of a bfloat16 result (1.65e-3), which
+leaves room for weights that a backend rounds to bfloat16."""
+
+EPILOG = """\
+examples
+  python scripts/bench_matmul.py --shapes 8b_gate_up,8b_down --formats bf16,int4,int8 --rows 1,16,64
+  python scripts/bench_matmul.py --shapes 128x64 --rows 1 --formats bf16,int8    (on any machine)
+
+columns
+  TB/s     bytes of weights with their scales, activations and result over the time
+  floor    the larger of bytes over memory rate and operations over matrix rate (data sheet), over
+           the time
+  vs bf16  time of bf16 on the xla backend over the time, same shape and rows
+  config   where the kernel's config comes from: its heuristic, or the best of --search
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--shapes",
+        default="8b_qkv,8b_o,8b_gate_up,8b_down",
+        help=f"names or KxN (%(default)s); names: {', '.join(SHAPES)}",
+    )
+    add("--formats", default="bf16,int4,int4_g32,int4_g128_asym,int8,fp8,w8a8_fp8,w8a8_int8")
+    add("--rows", default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192", help="(%(default)s)")
+    add("--backends", default=",".join(BACKENDS), help="(%(default)s); bf16 has xla only")
+    add("--search", type=int, default=0, metavar="N", help="also time N configs of the kernel")
+    add("--rotate-mb", type=float, default=320.0, help="weights to rotate over (%(default)s)")
+    add("--launches", type=int, default=24, help="launches per measurement (%(default)s)")
+    add("--time-limit", type=float, default=300.0, help="seconds per process (%(default)s)")
+    add("--output", metavar="FILE.jsonl", help="append rows here as they are measured")
+    add("--plot", metavar="FILE.png", help="draw the speed-up over bf16 against the rows")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement, or why there is none: ``skipped`` (no such kernel) or ``error``."""
+
+    shape: str
+    k: int
+    n: int
+    m: int
+    format: str
+    backend: str
+    device: str = ""
+    jax: str = jax.__version__
+    timing: str | None = None
+    us: float | None = None
+    spread: float | None = None
+    tb_per_s: float | None = None
+    tflop_per_s: float | None = None
+    floor_us: float | None = None
+    relative_error: float | None = None
+    config: str | None = None
+    config_source: str | None = None
+    skipped: str | None = None
+    error: str | None = None
+
+
+def shape_of(name: str) -> tuple[int, int]:
+    """``(k, n)`` of a name or of ``KxN``.
+
+    Raises:
+      ValueError: If it is neither.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    parts = name.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"unknown shape {name!r}; use KxN or one of {', '.join(SHAPES)}")
+    return int(parts[0]), int(parts[1])
+
+
+def device_seconds(calls: Sequence[Callable[[], Any]], launches: int) -> tuple[list[float], str]:
+    """Time of each launch, cycling through the calls; kernel durations where they can be had.
+
+    Returns:
+      ``(seconds, "cupti" or "wall")``.
+    """
+    jax.block_until_ready([call() for call in calls])
+    if jax.devices()[0].platform != "gpu":
+        seconds = []
+        for i in range(launches):
+            begin = time.perf_counter()
+            jax.block_until_ready(calls[i % len(calls)]())
+            seconds.append(time.perf_counter() - begin)
+        return seconds, "wall"
+    # Through the profiler's own module: its public `measure` cannot change operands between calls.
+    profiler: Any = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
+    cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+    cupti._cupti_init()
+    try:
+        out = [calls[i % len(calls)]() for i in range(launches)]
+        jax.block_until_ready(out)
+    finally:
+        kernels = cupti._cupti_get_timings(True)
+    count, rest = divmod(len(kernels), launches)
+    if not count or rest:
+        raise RuntimeError(f"{len(kernels)} kernels in {launches} launches: not the same in each")
+    times = [ms for _, ms in kernels]
+    return [sum(times[i * count : (i + 1) * count]) * 1e-3 for i in range(launches)], "cupti"
+
+
+def relative_error(out: jax.Array, x: jax.Array, w: Any, fmt: QuantFormat | None) -> float:
+    """``|out - ref| / |ref|`` for the float32 product of the quantized operands."""
+
+    @jax.jit
+    def error(out: jax.Array, x: jax.Array, w: Any) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        if fmt is not None and fmt.activation is not None:
+            wide = quantize(wide, fmt.activation, axis=-1).dequantize(jnp.float32)
+        weight = w.astype(jnp.float32) if fmt is None else w.dequantize(jnp.float32)
+        reference = jnp.dot(wide, weight, precision=jax.lax.Precision.HIGHEST)
+        return jnp.linalg.norm(out.astype(jnp.float32) - reference) / jnp.linalg.norm(reference)
+
+    return float(error(out, x, w))
+
+
+def floor_seconds(row: Row, fmt: QuantFormat | None, weight_bytes: int) -> float | None:
+    """Least time by the data sheet, or None for an unknown device."""
+    peaks = device_info().peaks
+    if peaks is None:
+        return None
+    rate = peaks.bf16_flops
+    if fmt is not None and fmt.activation is not None:
+        rate = (peaks.fp8_flops if fmt.is_float else peaks.int8_ops) or rate
+    moved = weight_bytes + 2 * row.m * (row.k + row.n)
+    return max(moved / peaks.bytes_per_s, 2 * row.m * row.k * row.n / rate)
+
+
+def measure(args: argparse.Namespace, row: Row, weights: Sequence[Any]) -> list[Row]:
+    """Check and time one number of rows; ``weights`` are equal copies.
+
+    Returns:
+      The fastest config, and every one that failed.
+    """
+    x = jax.random.normal(jax.random.key(row.m), (row.m, row.k), jnp.float32).astype(jnp.bfloat16)
+    configs: list[tuple[weight_only.Config | None, str]] = [(None, row.backend)]
+    if row.backend == "mosaic_gpu":
+        reason = packed_unsupported_reason(x, weights[0])
+        if reason is not None:
+            return [dataclasses.replace(row, skipped=reason)]
+        problem = packed_problem(x, weights[0])
+        configs = [(weight_only.heuristic_config(problem), "heuristic")]
+        others = weight_only.search_space(problem)
+        # Evenly over the space, whose neighbours are alike.
+        step = max(1, len(others) // max(1, args.search))
+        configs += [(other, "search") for other in others[::step][: args.search]]
+    found = [time_one(args, row, x, weights, config, source) for config, source in configs]
+    timed = [row for row in found if row.us is not None]
+    best = [min(timed, key=lambda row: row.us or 0.0)] if timed else []
+    return best + [row for row in found if row.error is not None]
+
+
+def time_one(
+    args: argparse.Namespace,
+    row: Row,
+    x: jax.Array,
+    weights: Sequence[Any],
+    config: weight_only.Config | None,
+    source: str,
+) -> Row:
+    """Check and time one config; a row with the error if that fails."""
+    named = None if config is None else str(config)
+    row = dataclasses.replace(row, config=named, config_source=source)
+    try:
+        return _time_one(args, row, x, weights, config)
+    except Exception as error:  # whatever it is, it is a finding, and the other configs go on
+        lines = str(error).strip().splitlines() or [""]
+        return dataclasses.replace(row, error=f"{type(error).__name__}: {lines[0][:300]}")
+
+
+def _time_one(
+    args: argparse.Namespace,
+    row: Row,
+    x: jax.Array,
+    weights: Sequence[Any],
+    config: weight_only.Config | None,
+) -> Row:
+    fmt = parse_format(row.format)
+
+    def product(x: jax.Array, w: Any) -> jax.Array:
+        if config is not None:
+            return packed_dot(x, w, config=config)
+        return quantized_dot(x, w, backend="xla" if fmt is not None else None)
+
+    qtype = None if fmt is None or fmt.activation is None else fmt.activation.qtype
+    lowered = jax.jit(product).lower(x, weights[0])
+    compiled = lowered.compile(compiler_options=compiler_options(qtype))
+    error = relative_error(compiled(x, weights[0]), x, weights[0], fmt)
+    row = dataclasses.replace(row, relative_error=error)
+    if not error < MAX_ERROR:
+        return dataclasses.replace(row, error=f"wrong: relative error {error:.2e}, not timed")
+    seconds, timing = device_seconds(
+        [lambda w=w: compiled(x, w) for w in weights], max(args.launches, len(weights))
+    )
+    median = statistics.median(seconds)
+    weight_bytes = quantized_nbytes(weights[0])
+    floor = floor_seconds(row, fmt, weight_bytes)
+    return dataclasses.replace(
+        row,
+        device=device_info().kind,
+        timing=timing,
+        us=median * 1e6,
+        spread=(max(seconds) - min(seconds)) / median,
+        tb_per_s=(weight_bytes + 2 * row.m * (row.k + row.n)) / median / 1e12,
+        tflop_per_s=2 * row.m * row.k * row.n / median / 1e12,
+        floor_us=None if floor is None else floor * 1e6,
+    )
+
+
+def work(args: argparse.Namespace) -> None:
+    """In a child process: one format on one backend; a JSON line per shape and number of rows."""
+    fmt = parse_format(args.formats)
+    for shape in args.shapes.split(","):
+        k, n = shape_of(shape)
+        row = Row(shape, k, n, 0, args.formats, args.backends)
+        w: Any = jax.random.normal(jax.random.key(0), (k, n), jnp.float32) * k**-0.5
+        w = w.astype(jnp.bfloat16) if fmt is None else quantize(w, fmt, dtype=jnp.bfloat16)
+        skipped = None
+        if args.backends == "mosaic_gpu":
+            skipped = pack_unsupported_reason(w)
+            w = w if skipped is not None else pack_for_mosaic(w)
+        copies = 1
+        if jax.devices()[0].platform == "gpu" and skipped is None:
+            copies = int(np.clip(args.rotate_mb * 1e6 // quantized_nbytes(w) + 1, 2, 64))
+        weights = [w, *(jax.tree.map(jnp.copy, w) for _ in range(copies - 1))]
+        for m in map(int, args.rows.split(",")):
+            row = dataclasses.replace(row, m=m, skipped=skipped)
+            for done in [row] if skipped is not None else measure(args, row, weights):
+                print(json.dumps(dataclasses.asdict(done)), flush=True)
+
+
+def run_child(args: argparse.Namespace, name: str, backend: str) -> list[Row]:
+    """Measure one format on one backend in a child process."""
+    command = [sys.executable, __file__, "--worker", "--formats", name, "--backends", backend]
+    for flag in ("shapes", "rows", "search", "rotate_mb", "launches"):
+        command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
+    reason = "the process ended without a result"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.time_limit)
+        output = done.stdout
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [reason])[-1][:300]
+    except subprocess.TimeoutExpired as expired:
+        output = expired.stdout or b""
+        output = output.decode() if isinstance(output, bytes) else output
+        reason = f"not finished within --time-limit {args.time_limit:g} s"
+    lines = [line for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
+    rows = [Row(**json.loads(line)) for line in lines]
+    measured = {(row.shape, row.m) for row in rows}
+    for shape in args.shapes.split(","):
+        for m in map(int, args.rows.split(",")):
+            if (shape, m) not in measured:
+                rows.append(Row(shape, *shape_of(shape), m, name, backend, error=reason))
+    return rows
+
+
+def speedups(rows: Sequence[Row]) -> dict[Row, float]:
+    """Time of bf16 on XLA over the time of each row that was measured, where both were."""
+    bf16 = {
+        (row.shape, row.m): row.us
+        for row in rows
+        if parse_format(row.format) is None and row.backend == "xla" and row.us is not None
+    }
+    pairs = ((row, bf16.get((row.shape, row.m))) for row in rows if row.us is not None)
+    return {row: base / row.us for row, base in pairs if base is not None and row.us is not None}
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table."""
+    ratios = speedups(rows)
+    lines = [
+        "| shape | m | format | backend | us | TB/s | TFLOP/s | floor | vs bf16 | error | config |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        head = f"| {row.shape} | {row.m} | {row.format} | {row.backend} |"
+        if row.us is None:
+            lines.append(f"{head} {row.error or f'skipped: {row.skipped}'} |||||||")
+            continue
+        floor = "-" if row.floor_us is None else f"{row.floor_us / row.us:.1%}"
+        ratio = f"{ratios[row]:.2f}" if row in ratios else "-"
+        lines.append(
+            f"{head} {row.us:.2f} | {row.tb_per_s:.3f} | {row.tflop_per_s:.1f} | {floor} | "
+            f"{ratio} | {row.relative_error:.1e} | {row.config_source} |"
+        )
+    return lines
+
+
+def plot(rows: Sequence[Row], path: str) -> None:
+    """One panel per shape: speed-up over bf16 against the rows, a line per format and backend."""
+    matplotlib: Any = importlib.import_module("matplotlib")
+    matplotlib.use("Agg")
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    ratios = speedups(rows)
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    figure, axes = pyplot.subplots(
+        1, len(shapes), figsize=(4.5 * len(shapes), 4), squeeze=False, sharey=True
+    )
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        for name, backend in dict.fromkeys((row.format, row.backend) for row in rows):
+            points = [
+                (row.m, ratio)
+                for row, ratio in ratios.items()
+                if (row.shape, row.format, row.backend) == (shape, name, backend)
+            ]
+            if points:
+                style = "-" if backend == "mosaic_gpu" else "--"
+                axis.plot(*zip(*sorted(points), strict=True), style, label=f"{name} {backend}")
+        axis.set(title=f"{shape} {shape_of(shape)}", xlabel="rows", xscale="log")
+        axis.axhline(1.0, color="black", linewidth=0.5)
+    axes[0][0].set_ylabel("speed-up over bf16 on XLA")
+    axes[0][-1].legend(fontsize="x-small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what every child process would refuse.
+
+    Raises:
+      ValueError: With the value and what is possible.
+    """
+    for name in args.formats.split(","):
+        if name not in FORMATS:
+            raise ValueError(f"unknown format {name!r}; choose from {', '.join(FORMATS)}")
+    for backend in args.backends.split(","):
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
+    for shape in args.shapes.split(","):
+        shape_of(shape)
+    if not all(part.isdigit() and int(part) for part in args.rows.split(",")):
+        raise ValueError(f"--rows {args.rows!r} must be numbers such as 1,64")
+    if args.launches < 1 or args.search < 0:
+        raise ValueError("--launches must be at least 1 and --search at least 0")
+    if args.plot is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install 'qjax[plot]'")
+        if not pathlib.Path(args.plot).resolve().parent.is_dir():
+            raise ValueError(f"--plot {args.plot}: no such folder")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit code, 1 if any row failed."""
+    args = build_parser().parse_args(argv)
+    try:
+        check(args)
+    except ValueError as error:
+        print(f"bench_matmul.py: error: {error}", file=sys.stderr)
+        return 2
+    if args.worker:
+        work(args)
+        return 0
+    rows = []
+    for name in args.formats.split(","):
+        for backend in args.backends.split(","):
+            if parse_format(name) is None and backend != "xla":
+                continue  # there is no kernel for plain weights, only the baseline
+            for row in run_child(args, name, backend):
+                rows.append(row)
+                line = json.dumps(dataclasses.asdict(row))
+                print(line, flush=True)
+                if args.output is not None:
+                    with open(args.output, "a", encoding="utf-8") as file:
+                        file.write(line + "\n")
+    print("\n" + "\n".join(table(rows)))
+    if args.plot is not None:
+        plot(rows, args.plot)
+    return int(any(row.error for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
