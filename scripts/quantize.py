@@ -74,6 +74,19 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="REGEX=FORMAT",
         help="format of kernels whose path matches (such as 'lm_head/kernel=int8'); repeatable",
     )
+    add(
+        "--target-bits",
+        type=float,
+        metavar="BITS",
+        help="mixed precision: bits per weight, scales included; each layer that no rule decides "
+        "gets the candidate that its output error is worth",
+    )
+    add(
+        "--candidates",
+        default="int4_g128,int4_g64,int4_g32,int8_g128",
+        metavar="FORMATS",
+        help="formats that --target-bits chooses from; default: %(default)s",
+    )
     add("--skip-layers", metavar="REGEX", help="kernels to leave unquantized")
     add(
         "--kv-cache-dtype",
@@ -122,6 +135,12 @@ def parse_settings(args: argparse.Namespace) -> Settings:
         if not separator:
             raise ValueError(f"--rule {rule!r} must be REGEX=FORMAT")
         rules.append((pattern, with_scale(parse_format(name))))
+    candidates: list[QuantFormat] = []
+    for name in args.candidates.split(",") if args.target_bits is not None else ():
+        candidate = with_scale(parse_format(name))
+        if candidate is None:
+            raise ValueError(f"--candidates {args.candidates}: {name!r} does not quantize")
+        candidates.append(candidate)
     return Settings(
         fmt=with_scale(parse_format(args.format)),
         method=args.method,
@@ -129,6 +148,8 @@ def parse_settings(args: argparse.Namespace) -> Settings:
         damping=args.damping,
         sweeps=args.sweeps,
         correction=args.correction or None,
+        target_bits=args.target_bits,
+        candidates=tuple(candidates),
         sequential=not args.no_sequential,
         kv_dtype=KV_DTYPES[args.kv_cache_dtype],
     )

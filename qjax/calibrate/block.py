@@ -46,7 +46,7 @@ class LayerResult:
       error_rtn: Relative output error that rounding to nearest would have on the same activations;
         None if not measured.
       error: Relative output error of what was chosen. With a correction both are against the
-        original model's outputs.
+        original model's outputs. Rounding of activations (W8A8) is in neither.
       damping: Used by GPTQ, 0 for other methods.
       tokens: Calibration tokens seen.
       dead: Input channels that were never active.

@@ -56,9 +56,8 @@ class Report:
             f"{self.tokens} tokens. Weights {self.bytes_before / 1e6:.2f} MB before, "
             f"{self.bytes_after / 1e6:.2f} MB after.",
             "",
-            "Errors are relative errors of a layer's output on the calibration text: of rounding "
-            "to "
-            "nearest (RTN), and of what was written.",
+            "Errors are relative errors of a layer's output on the calibration text, from the "
+            "weights alone: of rounding to nearest (RTN), and of what was written.",
             "",
         ]
         ratio = self.mean_ratio()

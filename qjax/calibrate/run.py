@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,8 +23,9 @@ from tqdm import tqdm
 
 from qjax.calibrate.block import LayerResult, quantize_block, round_kernel
 from qjax.calibrate.linears import Batch, run_block
+from qjax.calibrate.plan import block_sensitivities, plan_formats
 from qjax.calibrate.report import Report, mean_ratio
-from qjax.calibrate.settings import Settings
+from qjax.calibrate.settings import DEFAULT_RULE, Settings
 from qjax.calibrate.store import BlockStore, fingerprint, to_device
 from qjax.calibration.stats import init_hessian, output_error, update_hessian
 from qjax.checkpoints.errors import CheckpointError
@@ -86,6 +88,8 @@ def calibrate_checkpoint(
     _check_target(run, output, export, overwrite)
     work = output.parent / f".{output.name}.calibration"
     store = BlockStore(work, run.identity())
+    if settings.target_bits is not None:
+        run.plan(store, progress)
     pieces, layers, kv_scales = run.blocks(store, progress)
     params = run.assemble(pieces)
     report = run.report(layers, params)
@@ -123,6 +127,9 @@ def _check_target(run: _Run, output: Path, export: str, overwrite: bool) -> None
         elif leaf.is_kernel:
             plain[leaf.layer] = leaf.shape
     factory(Linears(quantized, plain, scales))
+    for fmt in run.settings.candidates:
+        every = {leaf.layer: _placeholder(leaf, fmt, run.dtype) for leaf in run.open_layers()}
+        factory(Linears(every, {}, scales))
 
 
 def _placeholder(leaf: Leaf, fmt: QuantFormat, dtype: Any) -> QuantizedArray:
@@ -191,6 +198,33 @@ class _Run:
         array = self.checkpoint[leaf.stored_name(self.checkpoint)]
         # Copied: on CPU jax would otherwise keep a view of the mapped file.
         return jnp.array(array.T if leaf.is_kernel else array, copy=True)
+
+    def open_layers(self) -> list[Leaf]:
+        """Kernels whose format no rule decides."""
+        kernels = [leaf for leaf in self.leaves if leaf.is_kernel]
+        decided = match_rules([leaf.path for leaf in kernels], dict(self.settings.rules))
+        return [x for x in kernels if re.fullmatch(DEFAULT_RULE, x.path) and x.path not in decided]
+
+    def plan(self, store: BlockStore, progress: bool) -> None:
+        """Mixed precision: measure every candidate in the original model, then choose formats."""
+        candidates, target = self.settings.candidates, self.settings.target_bits
+        assert target is not None
+        leaves = {leaf.path: leaf for leaf in self.open_layers()}
+
+        def measure() -> dict[str, Any]:
+            batches, errors = self.embed(), {}
+            label = f"measuring {self.folder.name}"
+            blocks = range(self.config.num_layers)
+            for index in tqdm(blocks, desc=label, disable=not progress, unit="block"):
+                params, module = self.block_params(index), self.module(index)
+                found = block_sensitivities(module, params, batches, candidates)
+                errors |= {f"model/layers_{index}/{path}": e for path, e in found.items()}
+                batches = self.advance(index, params, params, batches)[0]
+            return errors
+
+        errors = {p: e for p, e in store.record("sensitivity", measure).items() if p in leaves}
+        shapes = {path: (leaf.shape[0], leaf.shape[1]) for path, leaf in leaves.items()}
+        self.formats |= plan_formats(errors, shapes, candidates, target)
 
     def block_params(self, index: int) -> dict[str, Any]:
         prefix = f"model/layers_{index}/"

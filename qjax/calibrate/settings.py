@@ -17,6 +17,9 @@ METHODS = (
     "smoothquant+gptq",
 )
 
+DEFAULT_RULE = r"model/layers_\d+/.*/kernel"
+"""What gets the main format: every linear layer of the blocks."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -37,6 +40,10 @@ class Settings:
       correction: Aim at the original model's outputs instead of the layer's own, with this ridge
         (``calibration.correction``); None does not. Costs a second pass of the original block.
         Only methods with GPTQ or AWQ use it.
+      target_bits: Mixed precision: bits per weight over all layers that no rule decides, scales
+        included; each gets the one of ``candidates`` that its output error is worth. None gives
+        ``fmt`` to all.
+      candidates: Formats to choose from with ``target_bits``.
       kv_dtype: Also calibrate static KV cache scales for this storage type, or None.
     """
 
@@ -49,6 +56,8 @@ class Settings:
     sweeps: int = 4
     sequential: bool = True
     correction: float | None = 0.1
+    target_bits: float | None = None
+    candidates: tuple[QuantFormat, ...] = ()
     kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -56,6 +65,8 @@ class Settings:
             raise ValueError(f"unknown method={self.method!r}; choose one of {', '.join(METHODS)}")
         if self.correction is not None and not self.correction > 0:
             raise ValueError(f"correction={self.correction} must be positive, or None for none")
+        if (self.target_bits is None) != (not self.candidates):
+            raise ValueError("target_bits and candidates go together; give both or neither")
         if self.sweeps < 0:
             raise ValueError(f"sweeps={self.sweeps} must not be negative")
         if self.scaling == "smoothquant" and self.fmt is not None and self.fmt.activation is None:
@@ -85,13 +96,14 @@ class Settings:
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is needed at all."""
-        return self.method != "rtn" or self.kv_dtype is not None
+        others = (self.kv_dtype, self.target_bits)
+        return self.method != "rtn" or any(x is not None for x in others)
 
     def ordered_rules(self) -> Mapping[str, QuantFormat | None]:
         """The rules, then ``lm_head`` left alone, then ``fmt`` for every other kernel."""
         ordered = dict(self.rules)
         if self.fmt is not None:
-            ordered.setdefault(".*/layers_.*/kernel", self.fmt)
+            ordered.setdefault(DEFAULT_RULE, self.fmt)
         return ordered
 
     def to_json(self) -> dict[str, Any]:

@@ -7,10 +7,9 @@ files.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +59,13 @@ class BlockStore:
     def has(self, name: str) -> bool:
         """Whether a piece is finished."""
         return (self.folder / name).is_dir()
+
+    def record(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """JSON values which are made once and then kept."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            write_text_atomic(path, json.dumps(make(), indent=2) + "\n")
+        return read_json(path)
 
     def save(self, name: str, params: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Write a piece: nested parameters, and JSON values that belong to it."""
@@ -150,8 +156,3 @@ def fingerprint(*arrays: np.ndarray) -> str:
 def to_device(params: Any) -> Any:
     """Host arrays of a piece to the default device."""
     return jax.tree_util.tree_map(lambda x: jax.numpy.array(x, copy=True), params)
-
-
-def as_json(value: Any) -> Any:
-    """A dataclass as plain values."""
-    return dataclasses.asdict(value)

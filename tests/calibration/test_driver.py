@@ -120,6 +120,23 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     assert "| model/layers_0/self_attn/q_proj |" in report.to_markdown()
 
 
+def test_target_bits_choose_formats_which_are_written(
+    checkpoint: pathlib.Path, samples: tuple[np.ndarray, np.ndarray], tmp_path: pathlib.Path
+) -> None:
+    small = G8.replace(scale_dtype="bfloat16")  # 6 bits per weight, and int8 at least 9
+    rules = (("lm_head/kernel", INT8_CHANNEL),)
+    candidates = (small, INT8_CHANNEL)
+    settings = Settings(G8, "rtn", rules, target_bits=7.5, candidates=candidates)
+    output = tmp_path / "mixed"
+    report = calibrate_checkpoint(checkpoint, output, settings, samples, progress=False)
+    names = [x.format for x in report.layers]
+    assert {small.name, INT8_CHANNEL.name} == set(names)
+    loaded = load_model(output, progress=False).params["model"]["layers_1"]
+    for entry in report.layers[7:14]:
+        _, _, _, part, name, _ = f"x/{entry.path}".split("/")
+        assert loaded[part][name]["kernel"].fmt.name == entry.format
+
+
 def test_scaling_leaves_the_block_as_it_was(
     params: dict, samples: tuple[np.ndarray, np.ndarray]
 ) -> None:
