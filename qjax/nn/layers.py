@@ -1,7 +1,7 @@
 """Dense layer over plain or quantized kernels, RMS normalisation, gated MLP: thin Linen modules.
 
-One module serves every weight format: a parameter leaf may be a plain array or a
-``QuantizedArray`` of the same logical shape, and ``quantized_dot`` looks at the leaf.
+One module serves every weight format: a parameter leaf may be a plain array, a ``QuantizedArray``
+or a ``PackedWeight`` of the same logical shape, and ``quantized_dot`` looks at the leaf.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.ops.dot import quantized_dot
+from qjax.ops.packed import PackedWeight
 from qjax.quantized_array import QuantizedArray
 
 Taps = dict[str, jax.Array]
@@ -44,9 +45,14 @@ class QuantDense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(..., in)`` to ``(..., out)``."""
         shape = (x.shape[-1], self.features)
-        init = nn.initializers.normal(self.init_std)
-        kernel = self.param("kernel", init, shape, self.param_dtype)
-        if not isinstance(kernel, QuantizedArray):
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, PackedWeight):
+            init = nn.initializers.normal(self.init_std)
+            kernel = self.param("kernel", init, shape, self.param_dtype)
+        elif kernel.shape != shape:
+            # Linen compares the shape of the first leaf, which for packed words is not this one.
+            raise ValueError(f"packed kernel of shape {kernel.shape}; the layer needs {shape}")
+        if not isinstance(kernel, QuantizedArray | PackedWeight):
             kernel = kernel.astype(self.dtype)
         x = x.astype(self.dtype)
         out_dtype = self.dtype if self.out_dtype is None else self.out_dtype

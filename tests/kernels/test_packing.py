@@ -9,6 +9,7 @@ import pytest
 
 import qjax
 from qjax.formats import QuantFormat
+from qjax.nn.layers import QuantDense
 from qjax.ops.packed import (
     PackedWeight,
     pack_for_mosaic,
@@ -197,3 +198,17 @@ def test_trees_pack_what_has_a_kernel_and_leave_the_rest(rng: np.random.Generato
     assert isinstance(packed["even"], PackedWeight)
     _assert_equal(unpack_tree(packed)["even"], even)
     assert relative_error(packed["even"].dequantize(), even.dequantize()) == 0.0
+
+
+def test_linear_layers_take_packed_kernels(rng: np.random.Generator) -> None:
+    """Many rows are multiplied by XLA, with the unpacked weight: the same result bit by bit."""
+    fmt = qjax.INT4_G32.replace(scale_dtype="float16")
+    kernel = qjax.quantize(_weight(rng, fmt, (128, 64)), fmt)
+    x = jnp.asarray(rng.standard_normal((2, 80, 128)), jnp.bfloat16)
+    layer = QuantDense(64)
+    plain = layer.apply({"params": {"kernel": kernel}}, x)
+    packed = layer.apply({"params": pack_tree({"kernel": kernel})}, x)
+    assert isinstance(plain, jax.Array) and isinstance(packed, jax.Array)
+    assert (plain == packed).all()
+    with pytest.raises(ValueError, match=r"packed kernel of shape \(128, 64\); the layer needs"):
+        QuantDense(128).apply({"params": pack_tree({"kernel": kernel})}, x)
