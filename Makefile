@@ -38,6 +38,7 @@ venv: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/serve.py --quantization int4 --kv-cache-dtype fp8_e4m3 --max-new-tokens 48 \
+	  --temperature 0.7 --top-p 0.9 \
 	  --prompt "The old house stood at the end of the" \
 	  --prompt "She opened the letter and read it" \
 	  --prompt "In the morning the captain" \
