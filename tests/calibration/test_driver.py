@@ -126,7 +126,7 @@ def test_target_bits_choose_formats_which_are_written(
     small = G8.replace(scale_dtype="bfloat16")  # 6 bits per weight, and int8 at least 9
     rules = (("lm_head/kernel", INT8_CHANNEL),)
     candidates = (small, INT8_CHANNEL)
-    settings = Settings(G8, "rtn", rules, target_bits=7.5, candidates=candidates)
+    settings = Settings(G8, "rtn", rules, sequential=False, target_bits=7.5, candidates=candidates)
     output = tmp_path / "mixed"
     report = calibrate_checkpoint(checkpoint, output, settings, samples, progress=False)
     names = [x.format for x in report.layers]
