@@ -24,7 +24,13 @@ SERIALIZED = "instructions are serialized"
 def _missing() -> str | None:
     if JAX_VERSION < MOSAIC_GPU_MIN_JAX:
         return "the kernels are for jax 0.11.2 and later"
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    # The folder of plugins is there if any is; its absence makes find_spec raise.
+    plugins = importlib.util.find_spec("jax_plugins")
+    if (
+        plugins is None
+        or importlib.util.find_spec("jax_plugins.xla_cuda13") is None
+        or importlib.util.find_spec("jax_cuda13_plugin") is None
+    ):
         return "needs jax-cuda13-plugin and jax-cuda13-pjrt, installed with pip --no-deps"
     if shutil.which("ptxas") is None:
         return "needs ptxas on PATH (a CUDA 13 toolkit, or the nvidia-cuda-nvcc wheel)"
