@@ -93,8 +93,7 @@ def pack_words(codes: Array, bits: int) -> Array:
     tiles = codes.reshape(_extents(bits, axes, k, n)).transpose(order)
     tiles = tiles.reshape(*words_shape(k, n, bits), 32 // bits).astype(jnp.uint32)
     count = 32 // bits
-    # The last axis runs from the least significant code: with both orders given most significant
-    # first, flattening yields exactly the code's place in the word.
+    # _CODE_AXES flattened, the last axis counts codes from the least significant one.
     shifts = jnp.arange(count, dtype=jnp.uint32) * jnp.uint32(bits)
     words = (tiles << shifts.reshape(1, 1, 1, 1, count)).sum(-1, dtype=jnp.uint32)
     return lax.bitcast_convert_type(words, jnp.int32)

@@ -26,7 +26,7 @@ With ``splits > 1`` the CTAs of one output tile write float32 partial sums ``(sp
 XLA adds up in a fixed order: results are the same in every run.
 
 Compiled for sm_90a and checked in the Pallas interpreter (which replaces the register unpacking
-and ``wgmma`` by the same arithmetic in jnp).
+and ``wgmma`` by the same arithmetic in jnp); not yet run on hardware.
 
 References:
   Marlin (arXiv:2408.11743): weights reordered offline, scale and zero point folded into the
