@@ -14,6 +14,13 @@ from qjax.calibration.correction import update_correction as update_correction
 from qjax.calibration.gptq import GPTQInfo as GPTQInfo
 from qjax.calibration.gptq import gptq_quantize as gptq_quantize
 from qjax.calibration.refine import refine as refine
+from qjax.calibration.rotation import Rotation as Rotation
+from qjax.calibration.rotation import random_hadamard as random_hadamard
+from qjax.calibration.rotation import rotate as rotate
+from qjax.calibration.rotation import rotate_block as rotate_block
+from qjax.calibration.rotation import rotate_decoder as rotate_decoder
+from qjax.calibration.rotation import rotate_embedding as rotate_embedding
+from qjax.calibration.rotation import rotate_inputs as rotate_inputs
 from qjax.calibration.scale_search import search_scale as search_scale
 from qjax.calibration.scale_search import search_scale_output as search_scale_output
 from qjax.calibration.smoothquant import SmoothScale as SmoothScale
