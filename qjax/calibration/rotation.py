@@ -162,7 +162,7 @@ def rotate_block(
       ValueError: If a rotation has another size than what it is for.
     """
     _check_plain(params)
-    flat = {
+    flat: dict[str, Any] = {
         f"{part}/{name}": dict(leaves) if isinstance(leaves, Mapping) else leaves
         for part, modules in params.items()
         for name, leaves in modules.items()
