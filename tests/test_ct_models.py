@@ -80,7 +80,8 @@ def _same_config(old: dict[str, Any], new: dict[str, Any]) -> None:
         a, b = group_old.pop(key), group_new.pop(key)
         if a is not None:
             for found in ("observer", "actorder"):
-                a.pop(found), b.pop(found)
+                a.pop(found)
+                b.pop(found)
         assert a == b
     assert group_old == group_new
     assert old == new

@@ -164,7 +164,7 @@ def test_transformers_gives_our_logits(tmp_path):
             return None
         fmt = formats.INT8_CHANNEL if "down_proj" in leaf.layer else formats.INT4_G32
         q = random_quantized(leaf.shape, fmt, seed)
-        scale = np.asarray(q.scale) * np.float32(2 / 2**fmt.bits)
+        scale = jnp.asarray(np.asarray(q.scale) * np.float32(2 / 2**fmt.bits))
         return QuantizedArray.make(q.qvalue, scale, fmt, zero_point=q.zero_point, dtype=jnp.float32)
 
     params = jax.tree.map(
