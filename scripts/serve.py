@@ -20,6 +20,14 @@ from qjax.models.config import ModelConfig
 from qjax.sampling import SamplingParams
 from qjax.serving import Engine
 from qjax.serving.build import ModelChoices, build_engine, engine_config
+from qjax.serving.kv_scales import (
+    PLAIN_EXPORT_DTYPE,
+    check_export,
+    export_scales,
+    kv_stats_lines,
+    scales_fingerprint,
+    scales_for_run,
+)
 from qjax.serving.offline import Job, prepare, run
 from qjax.serving.prompts import Prompt, read_prompts
 from qjax.serving.report import Summary
@@ -109,10 +117,28 @@ def build_parser() -> argparse.ArgumentParser:
         "ones of the checkpoint (default: static if it has them, else tracked)",
     )
     add(
+        "--quantization-param-path",
+        metavar="FILE.json",
+        help="static scales from a file, in SGLang's layout or that of --export-kv-scales, instead "
+        "of the checkpoint's; implies --kv-scale-mode static",
+    )
+    add(
         "--kv-skip-layers",
         metavar="LAYERS",
         default="",
         help="layers with an unquantized KV cache, such as 0,1,-1",
+    )
+    add(
+        "--export-kv-scales",
+        metavar="FILE.json",
+        help="after the run, write static scales per layer and head that cover the largest keys "
+        f"and values seen, for the run's KV cache type ({PLAIN_EXPORT_DTYPE} if that is 16-bit)",
+    )
+    add(
+        "--kv-stats",
+        action="store_true",
+        help="after the run, print clipped values and largest magnitudes per layer (after an "
+        "interruption: of the prompts that were left)",
     )
 
     add = parser.add_argument_group("prompts and results").add_argument
@@ -120,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompts", metavar="FILE", help="file of prompts, .txt or .jsonl; see below")
     add("--chat", action="store_true", help="send prompts as a user's message of the chat template")
     add("--output", metavar="FILE.jsonl", help="write results here instead of printing them")
-    add("--overwrite", action="store_true", help="replace an existing output file")
+    add("--overwrite", action="store_true", help="replace existing output files")
 
     add = parser.add_argument_group("sampling").add_argument
     add("--max-new-tokens", type=int, default=64, metavar="N", help="per prompt (default: 64)")
@@ -226,14 +252,27 @@ def generate(args: argparse.Namespace) -> None:
     )
     if args.output is not None and Path(args.output).suffix != ".jsonl":
         raise ValueError(f"--output {args.output}: results are JSON lines; name it .jsonl")
+    if args.export_kv_scales is not None:
+        check_export(args.export_kv_scales, overwrite=args.overwrite)
     prompts = gather_prompts(args)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
     defaults = SamplingParams(**{name: getattr(args, name) for name in names})
     folder = resolve_folder(args.model or bundled_model_path())
+    model_config = ModelConfig.from_hf(folder)
+    kv_scales = None
+    if args.quantization_param_path is not None:
+        kv_scales = scales_for_run(
+            args.quantization_param_path,
+            model_config,
+            kv_dtype=choices.kv_cache_dtype,
+            mode=choices.kv_scale_mode,
+            skip_layers=choices.kv_skip_layers,
+        )
+        choices = dataclasses.replace(choices, kv_scale_mode="static")
     tokenizer = Tokenizer.from_folder(folder)
     jobs = prepare(prompts, tokenizer, defaults, chat=args.chat)
     config = engine_config(
-        context_length(ModelConfig.from_hf(folder), jobs, args.max_model_len),
+        context_length(model_config, jobs, args.max_model_len),
         args.page_size,
         max_running_requests=args.max_running_requests,
         max_total_tokens=args.max_total_tokens,
@@ -247,6 +286,7 @@ def generate(args: argparse.Namespace) -> None:
             folder,
             choices,
             config,
+            kv_scales=kv_scales,
             progress=not args.quiet,
             # Not into a line of text that is being streamed.
             on_compile=None if streaming else lambda name: note(args, f"compiling {name}"),
@@ -264,6 +304,7 @@ def generate(args: argparse.Namespace) -> None:
             printer.rest()
             raise Interrupted("interrupted; finished results are printed above") from None
         summarize(args, engine, *formats)
+        export(args, engine)
         return
     settings = {
         "model": str(folder.resolve()),
@@ -271,10 +312,17 @@ def generate(args: argparse.Namespace) -> None:
         "prompts": fingerprint([[j.request.prompt, vars(j.request.params)] for j in jobs]),
         "max_model_len": config.max_model_len,
         **dataclasses.asdict(choices),
+        "kv_scales": scales_fingerprint(kv_scales),
     }
+    engine = None
     with ResultFile(args.output, len(jobs), settings, overwrite=args.overwrite) as file:
         todo = [(i, job) for i, job in enumerate(jobs) if i not in file.done]
         if file.done:
+            if args.export_kv_scales is not None:
+                raise ValueError(
+                    f"{len(file.done)} of {len(jobs)} results are in {file.partial}, so only the "
+                    "other prompts would be measured; delete it, or leave out --export-kv-scales"
+                )
             note(args, f"{len(file.done)} of {len(jobs)} results found in {file.partial}")
         try:
             if todo:
@@ -285,15 +333,30 @@ def generate(args: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             raise Interrupted(
                 f"interrupted; {len(file.done)} of {len(jobs)} results are in {file.partial}; "
-                "the same command goes on from there"
+                + ("without --export-kv-scales, " if args.export_kv_scales is not None else "")
+                + "the same command goes on from there"
             ) from None
     note(args, f"{len(jobs)} results in {args.output}")
+    if engine is not None:
+        export(args, engine)
+    elif args.kv_stats:
+        note(args, "no KV cache statistics: every result was there already")
 
 
 def summarize(args: argparse.Namespace, engine: Engine, weights: str, kv_cache: str) -> None:
-    """Speed and memory."""
+    """Speed, memory and, if wanted, KV cache statistics."""
     for line in Summary.of(engine).lines(weights, kv_cache):
         note(args, line)
+    if args.kv_stats:  # asked for, so printed in spite of --quiet
+        for line in kv_stats_lines(engine.cache):
+            tqdm.write(line, file=sys.stderr)
+
+
+def export(args: argparse.Namespace, engine: Engine) -> None:
+    """Measured scales into a file, after the results are safe."""
+    if args.export_kv_scales is not None:
+        dtype = export_scales(args.export_kv_scales, engine.cache, engine.module.config)
+        note(args, f"KV cache scales for {dtype} in {args.export_kv_scales}")
 
 
 def run_jobs(

@@ -167,6 +167,67 @@ def test_printed_results(model, capsys):
     assert "prefill" in captured.err
 
 
+def test_measured_kv_scales_are_exported_and_read_back(model, tmp_path, capsys):
+    scales, output = tmp_path / "scales.json", tmp_path / "out.jsonl"
+    flags = ("--prompt", "the cat", "--max-new-tokens", 5, "--ignore-eos", "--quiet")
+    measure = (*flags, "--export-kv-scales", scales)
+    assert serve_main(model, *measure, "--kv-stats") == 0
+    assert capsys.readouterr().err.splitlines()[2].split()[:4] == ["0", "f32", "0", "0"]
+    values = json.loads(scales.read_text())
+    assert values["dtype"] == "float8_e4m3fn" and list(values["layers"]) == ["0"]
+    assert serve_main(model, *measure) == 2
+    assert "scales.json exists; name another file, or give --overwrite" in capsys.readouterr().err
+
+    given = (*flags, "--output", output, "--kv-stats", "--quantization-param-path", scales)
+    assert serve_main(model, *given) == 0
+    row = capsys.readouterr().err.splitlines()[2].split()
+    assert row[:2] == ["0", "fp8_e4m3-static-head"]
+    values["layers"]["0"]["v_scale"] = 1e-6  # so small that every value is clipped
+    scales.write_text(json.dumps(values))
+    assert serve_main(model, *given, "--overwrite") == 0
+    clipped = capsys.readouterr().err.splitlines()[2].split()
+    tokens = read_lines(output)[0]["prompt_tokens"] + 4  # the last one generated is not stored
+    assert clipped[2] == row[2] and int(clipped[3]) > 0.9 * 16 * tokens
+
+
+def test_a_kv_scale_file_that_is_not_used_or_does_not_fit_is_an_error(model, tmp_path, capsys):
+    layers = {"0": 0.1, "1": 0.1}
+    ranks = {"dtype": "float8_e4m3fn", "scaling_factor": {"0": layers}}
+    path = write_lines(tmp_path / "s.json", {"model_type": "llama", "kv_cache": ranks})
+    flags = ("--prompt", "a", "--quantization-param-path", path)
+    assert serve_main(model, *flags) == 2
+    assert "kv_cache.scaling_factor[0] has layer '1'; there are 0 to 0" in capsys.readouterr().err
+    del layers["1"]
+    write_lines(path, {"model_type": "llama", "kv_cache": ranks})
+    for more, message in (
+        (("--kv-scale-mode", "dynamic"), "the scale mode 'dynamic' does not use"),
+        (("--kv-cache-dtype", "bf16"), "float8_e4m3fn, but bfloat16 is asked for"),
+        (("--kv-skip-layers", "0"), "no layer is left to use them"),
+        (("--export-kv-scales", tmp_path / "t.txt"), "name the file .json"),
+        (("--export-kv-scales", tmp_path / "no" / "t.json"), "does not exist; make it first"),
+    ):
+        assert serve_main(model, *flags, *more) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_export_measures_all_prompts_or_nothing(model, tmp_path, capsys, monkeypatch):
+    def interrupt(self: ResultFile, index: int, result: Result) -> None:
+        add(self, index, result)
+        raise KeyboardInterrupt
+
+    add = ResultFile.add
+    prompts = ("--prompt", "the cat", "--prompt", "the dog", "--max-new-tokens", 5)
+    export = ("--export-kv-scales", tmp_path / "s.json")
+    flags = (*prompts, "--ignore-eos", "--output", tmp_path / "out.jsonl", *export)
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultFile, "add", interrupt)
+        assert serve_main(model, *flags) == 130
+    assert "; without --export-kv-scales, the same command goes on" in capsys.readouterr().err
+    assert serve_main(model, *flags) == 2
+    assert "so only the other prompts would be measured; delete it" in capsys.readouterr().err
+    assert not (tmp_path / "s.json").exists()
+
+
 def test_interrupted_runs_go_on(model, tmp_path, capsys, monkeypatch):
     prompts = write_lines(tmp_path / "p.txt", "the cat", "the dog", "a mat", "the end")
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"

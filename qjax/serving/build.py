@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from qjax.checkpoints.hf import load_model
+from qjax.checkpoints.reader import KVScales
 from qjax.formats import parse_format
 from qjax.serving.engine import Engine, EngineConfig
 from qjax.serving.settings import kv_formats, parse_layers
@@ -80,6 +81,7 @@ def build_engine(
     choices: ModelChoices,
     config: EngineConfig,
     *,
+    kv_scales: KVScales | None = None,
     progress: bool = True,
     on_compile: Callable[[str], None] | None = None,
 ) -> tuple[Engine, str, str]:
@@ -89,6 +91,7 @@ def build_engine(
       folder: Checkpoint folder.
       choices: Formats and types.
       config: Sizes.
+      kv_scales: Static KV cache scales to use instead of the checkpoint's.
       progress: Show a progress bar while weights load.
       on_compile: See ``Engine``.
 
@@ -111,7 +114,7 @@ def build_engine(
         parse_layers(choices.kv_skip_layers),
         model.config.num_layers,
         model.module.dtype,
-        model.kv_scales,
+        model.kv_scales if kv_scales is None else kv_scales,
     )
     engine = Engine(
         model.module,

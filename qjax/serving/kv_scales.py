@@ -1,0 +1,124 @@
+"""What a run reads and tells about KV cache scales: files of static scales, statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from qjax.checkpoints.kv_scale_files import read_kv_scale_file, write_kv_scale_file
+from qjax.checkpoints.reader import KVScales
+from qjax.kv_cache import QuantizedKVCache, static_scales_from
+from qjax.kv_format import KVFormat, parse_kv_format
+from qjax.models.config import ModelConfig
+from qjax.serving.results import fingerprint
+from qjax.serving.settings import parse_layers
+
+PLAIN_EXPORT_DTYPE = "float8_e4m3fn"
+"""Type that scales are for when they are measured with a 16-bit cache."""
+_INT32_MAX = np.iinfo(np.int32).max
+
+
+def scales_for_run(
+    path: str | Path, config: ModelConfig, *, kv_dtype: str, mode: str | None, skip_layers: str
+) -> KVScales:
+    """Read a file of static scales for a run with these choices.
+
+    Args:
+      path: See ``read_kv_scale_file``.
+      config: The model.
+      kv_dtype: KV cache type by its command-line name; ``auto`` is the file's.
+      mode: Scale mode the user asked for, or None.
+      skip_layers: Layers with an unquantized cache, such as ``0,1,-1``.
+
+    Raises:
+      ValueError: If the file does not fit the model, or a choice leaves no use for it.
+    """
+    scales = read_kv_scale_file(path, config)
+    if mode not in (None, "static"):
+        raise ValueError(
+            f"{path} gives static KV scales, which the scale mode {mode!r} does not use; leave out "
+            "one of the two"
+        )
+    wanted = parse_kv_format(kv_dtype, mode="static", model_dtype="float32").dtype
+    if kv_dtype != "auto" and wanted != scales.dtype:
+        raise ValueError(
+            f"{path} gives scales for a KV cache in {scales.dtype}, but {wanted} is asked for; "
+            "choose the same type (or 'auto'), or measure scales for this one"
+        )
+    # Layers out of range are reported where formats are made.
+    if {i % config.num_layers for i in parse_layers(skip_layers)} == set(range(config.num_layers)):
+        raise ValueError(
+            f"{path} gives static KV scales, but no layer is left to use them: "
+            f"{skip_layers!r} skips all; leave out one of the two"
+        )
+    return scales
+
+
+def scales_fingerprint(scales: KVScales | None) -> str | None:
+    """Short hash of scales, which results depend on; None for none."""
+    if scales is None:
+        return None
+    numbers = [[s.tolist() for s in part] for part in (scales.keys, scales.values)]
+    return fingerprint([scales.dtype, numbers])
+
+
+def check_export(path: str | Path, *, overwrite: bool) -> None:
+    """Find out before a long run whether scales can be written.
+
+    Raises:
+      ValueError: If the name does not end in ``.json``, the file exists or its folder does not.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"{path}: scales are written as JSON; name the file .json")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; name another file, or give --overwrite")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder of {path} does not exist; make it first")
+
+
+def export_scales(path: str | Path, cache: QuantizedKVCache, config: ModelConfig) -> str:
+    """Write static scales that cover the largest magnitudes a cache has seen, per layer and head.
+
+    Args:
+      path: The file.
+      cache: The cache after a run. Scales are for the type of its quantized layers, or for
+        ``PLAIN_EXPORT_DTYPE`` if it has none; layers held in 16 bit get scales too.
+      config: The model.
+
+    Returns:
+      The type they are for.
+
+    Raises:
+      ValueError: If a layer has seen nothing but zeros.
+    """
+    dtype = next((f.dtype for f in cache.formats if f.quantized), PLAIN_EXPORT_DTYPE)
+    pairs = [p for p in static_scales_from(cache, KVFormat(dtype, "static")) if p is not None]
+    scales = KVScales(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), dtype)
+    write_kv_scale_file(path, scales, config)
+    return dtype
+
+
+def kv_stats_lines(cache: QuantizedKVCache) -> list[str]:
+    """Table to print: per layer, values that were clipped or not finite, and largest magnitudes."""
+    saturated, largest = np.asarray(cache.saturated), np.asarray(cache.absmax).max(axis=2)
+    width = max(len(f.name) for f in cache.formats)
+    lines = [
+        "KV cache, per layer: values that were clipped or not finite, largest finite magnitudes",
+        f"layer  {'format':<{width}}  {'K saturated':>13}  {'V saturated':>13}  "
+        f"{'K largest':>10}  {'V largest':>10}",
+    ]
+    for layer, (fmt, counts, tops) in enumerate(
+        zip(cache.formats, saturated, largest, strict=True)
+    ):
+        cells = [_count(int(n)) for n in counts]
+        lines.append(
+            f"{layer:>5}  {fmt.name:<{width}}  {cells[0]:>13}  {cells[1]:>13}  "
+            f"{tops[0]:>10.4g}  {tops[1]:>10.4g}"
+        )
+    return lines
+
+
+def _count(n: int) -> str:
+    return f">={n:,}" if n == _INT32_MAX else f"{n:,}"  # where the counter stops
