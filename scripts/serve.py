@@ -32,7 +32,7 @@ from qjax.serving.offline import Job, prepare, run
 from qjax.serving.prompts import Prompt, read_prompts
 from qjax.serving.report import Summary
 from qjax.serving.results import Result, ResultFile, checkpoint_fingerprint, fingerprint
-from qjax.serving.settings import PRESETS, context_length
+from qjax.serving.settings import PRESETS, check_weight_format, context_length
 from qjax.tokenizer import Tokenizer
 
 KV_TYPES = ("auto", "bf16", "fp8_e5m2", "fp8_e4m3", "int8", "int4")
@@ -92,7 +92,6 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--quantization",
         metavar="FORMAT",
-        choices=FORMATS,
         help=f"weight format (default: none): {', '.join(FORMATS)}",
     )
     add(
@@ -246,6 +245,7 @@ def generate(args: argparse.Namespace) -> None:
     """The whole job; everything that can be wrong with the input is found before weights load."""
     preset = PRESETS[args.preset or "research"]
     args.quantization = args.quantization or preset.quantization
+    check_weight_format(args.quantization, args.model or bundled_model_path())
     args.kv_cache_dtype = args.kv_cache_dtype or preset.kv_cache_dtype
     choices = ModelChoices(
         **{f.name: getattr(args, f.name) for f in dataclasses.fields(ModelChoices)}

@@ -302,6 +302,7 @@ def test_a_damaged_partial_file_is_an_error(model, tmp_path, capsys):
             "need a checkpoint calibrated for it; this one has none",
         ),
         (['{"prompt": "a"}'], ("--kv-scale-mode", "dynamic"), "has no scales"),
+        (None, ("--quantization", "int5"), "unknown format 'int5'; choose one of none, bf16, fp8"),
         (['{"prompt": "a"}'], ("--skip-layers", ".*/layers_0/.*"), "leaves nothing to skip"),
         (
             ['{"prompt": "a"}'],
