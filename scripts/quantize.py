@@ -87,6 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FORMATS",
         help="formats that --target-bits chooses from; default: %(default)s",
     )
+    add(
+        "--rotate",
+        action="store_true",
+        help="rotate the residual stream and value heads by Hadamard matrices first (QuaRot), "
+        "which spreads outlier channels; a tied output projection becomes a matrix of its own",
+    )
     add("--skip-layers", metavar="REGEX", help="kernels to leave unquantized")
     add(
         "--kv-cache-dtype",
@@ -151,6 +157,7 @@ def parse_settings(args: argparse.Namespace) -> Settings:
         target_bits=args.target_bits,
         candidates=tuple(candidates),
         sequential=not args.no_sequential,
+        rotate=args.rotate,
         kv_dtype=KV_DTYPES[args.kv_cache_dtype],
     )
 

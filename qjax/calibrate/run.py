@@ -22,33 +22,29 @@ import numpy as np
 from tqdm import tqdm
 
 from qjax.calibrate.block import LayerResult, quantize_block, round_kernel
-from qjax.calibrate.linears import Batch, run_block
+from qjax.calibrate.linears import Batch, get_at, run_block
 from qjax.calibrate.plan import block_sensitivities, plan_formats
 from qjax.calibrate.report import Report, mean_ratio
 from qjax.calibrate.settings import DEFAULT_RULE, Settings
+from qjax.calibrate.source import EMBEDDING, HEAD, NORM, ModelSource, insert
 from qjax.calibrate.store import BlockStore, fingerprint, to_device
 from qjax.calibration.stats import init_hessian, output_error, update_hessian
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.export import EXPORT_FORMATS, save_model
-from qjax.checkpoints.layout import Leaf, check_tensors, model_leaves
+from qjax.checkpoints.layout import Leaf
 from qjax.checkpoints.native import save_native
-from qjax.checkpoints.quantized import find_reader
 from qjax.checkpoints.reader import KVScales
-from qjax.checkpoints.safetensors_io import SafetensorsCheckpoint, read_json
+from qjax.checkpoints.safetensors_io import read_json
 from qjax.checkpoints.writer import Linears
 from qjax.formats import QuantFormat
-from qjax.models.config import ModelConfig
 from qjax.models.decoder import DecoderLayer
 from qjax.nn import RMSNorm
 from qjax.numerics import bound
 from qjax.quantize import match_rules, quantize, quantized_nbytes
 from qjax.quantized_array import QuantizedArray
-from qjax.typing import Array
 
 Samples = tuple[np.ndarray, np.ndarray]
 EXPORTS = ("native", *(name for name in EXPORT_FORMATS if name != "none"))
-_EMBEDDING = "model/embed_tokens/embedding"
-_HEAD = "lm_head/kernel"
 
 
 def calibrate_checkpoint(
@@ -156,16 +152,8 @@ class _Run:
         if samples is None and settings.needs_data:
             raise ValueError(f"method={settings.method!r} needs calibration text")
         self.folder, self.settings, self.samples = folder, settings, samples
-        raw = read_json(folder / "config.json")
-        self.config = ModelConfig.from_hf(raw)
-        self.checkpoint = SafetensorsCheckpoint(folder)
-        reader = find_reader(folder, raw, self.checkpoint.tensors)
-        if reader is not None:
-            raise CheckpointError(
-                f"{folder} is quantized already ({reader.name}); calibrate the original checkpoint"
-            )
-        self.leaves = model_leaves(self.config)
-        check_tensors(self.config, self.leaves, self.checkpoint, None)
+        self.source = ModelSource(folder, rotated=settings.rotate)
+        self.config, self.leaves = self.source.config, self.source.leaves
         kernels = [leaf.path for leaf in self.leaves if leaf.is_kernel]
         self.formats = match_rules(kernels, settings.ordered_rules())
         if not any(self.formats.values()):
@@ -180,10 +168,10 @@ class _Run:
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result."""
-        files = {info.file for info in self.checkpoint.tensors.values()}
+        files = self.source.files
         values = {
             "settings": self.settings.to_json(),
-            "model": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)},
+            "model": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
             "config": read_json(self.folder / "config.json"),
             "batch_tokens": self.batch_tokens,
             "device": jax.devices()[0].device_kind,
@@ -192,12 +180,6 @@ class _Run:
         if self.samples is not None:
             values["samples"] = fingerprint(*self.samples)
         return values
-
-    def read(self, leaf: Leaf) -> Array:
-        """A parameter in the type it is stored in."""
-        array = self.checkpoint[leaf.stored_name(self.checkpoint)]
-        # Copied: on CPU jax would otherwise keep a view of the mapped file.
-        return jnp.array(array.T if leaf.is_kernel else array, copy=True)
 
     def open_layers(self) -> list[Leaf]:
         """Kernels whose format no rule decides."""
@@ -227,13 +209,11 @@ class _Run:
         self.formats |= plan_formats(errors, shapes, candidates, target)
 
     def block_params(self, index: int) -> dict[str, Any]:
-        prefix = f"model/layers_{index}/"
-        params: dict[str, Any] = {}
-        for leaf in self.leaves:
-            if leaf.path.startswith(prefix):
-                _insert(params, leaf.path.removeprefix(prefix), self.read(leaf))
-        self.checkpoint.release()
-        return params
+        return self.source.block(index, self.wide())
+
+    def wide(self) -> set[str]:
+        """Kernels that will be quantized."""
+        return {path for path, fmt in self.formats.items() if fmt is not None}
 
     def module(self, index: int) -> DecoderLayer:
         # Without a cache the index decides the window only: blocks with the same one share a
@@ -271,7 +251,7 @@ class _Run:
                 ratio = mean_ratio(layers[-7:])
                 bar.set_postfix_str("" if ratio is None else f"error {ratio:.2f} of RTN")
                 bar.update()
-        if self.formats.get(_HEAD) is not None:
+        if self.formats.get(HEAD) is not None:
             params, record = self.piece(
                 store, "lm_head", "lm_head/", lambda: self.quantize_head(batches)
             )
@@ -312,14 +292,14 @@ class _Run:
             fmt = formats.get(path)
             results.append(LayerResult(leaf.path, None if fmt is None else fmt.name))
             if fmt is not None:
-                _insert(params, path, quantize(self.read(leaf), fmt, dtype=self.dtype))
+                insert(params, path, quantize(get_at(params, path), fmt, dtype=self.dtype))
         return params, results
 
     def embed(self) -> list[Batch]:
         """Embedded samples in batches of one shape."""
         assert self.samples is not None
         tokens, valid = self.samples
-        table = next(self.read(leaf) for leaf in self.leaves if leaf.path == _EMBEDDING)
+        table = self.source.outer(EMBEDDING)
         rows = max(1, min(self.batch_tokens // tokens.shape[1], len(tokens)))
         spare = -len(tokens) % rows
         tokens = np.pad(tokens, ((0, spare), (0, 0)))
@@ -349,22 +329,21 @@ class _Run:
 
     def quantize_head(self, batches: list[Batch]) -> tuple[dict[str, Any], list[LayerResult]]:
         """The output projection, on the final norm's output."""
-        fmt = self.formats[_HEAD]
+        fmt = self.formats[HEAD]
         assert fmt is not None
-        leaves = {leaf.path: leaf for leaf in self.leaves}
-        weight = self.read(leaves[_HEAD])
+        weight = self.source.outer(HEAD, self.wide())
         if not batches:
             value = quantize(weight, fmt, dtype=self.dtype)
-            return {"kernel": value}, [LayerResult(_HEAD, fmt.name)]
+            return {"kernel": value}, [LayerResult(HEAD, fmt.name)]
         norm = RMSNorm(self.config.rms_norm_eps, self.dtype)
-        variables = {"params": {"weight": self.read(leaves["model/norm/weight"])}}
+        variables = {"params": {"weight": self.source.outer(NORM)}}
         stats = init_hessian(weight.shape[0])
         for batch in batches:
             x = norm.apply(variables, batch.x)
             stats = update_hessian(stats, jnp.asarray(x), batch.valid)
         value, damping = round_kernel(weight, stats, fmt, self.settings)
         result = LayerResult(
-            _HEAD,
+            HEAD,
             fmt.name,
             error_rtn=float(output_error(weight, quantize(weight, fmt).dequantize(), stats)),
             error=float(output_error(weight, value.dequantize(jnp.float32), stats)),
@@ -385,31 +364,22 @@ class _Run:
         """The whole parameter tree: finished pieces, and what no piece holds from the source."""
         params: dict[str, Any] = {}
         for path, piece in pieces.items():
-            _insert(params, path, piece)
+            insert(params, path, piece)
         for leaf in self.leaves:
             if not any(leaf.path.startswith(f"{path}/") for path in pieces):
-                array = self.checkpoint[leaf.stored_name(self.checkpoint)]
-                _insert(params, leaf.path, array.T if leaf.is_kernel else array)
+                insert(params, leaf.path, self.source.outer_view(leaf.path))
         return params
 
     def report(self, layers: list[LayerResult], params: Any) -> Report:
-        before = {leaf.stored_name(self.checkpoint) for leaf in self.leaves}
         fmt = self.settings.fmt
         valid = None if self.samples is None else self.samples[1]
         return Report(
             model=self.folder.name,
-            method=self.settings.method,
+            method=self.settings.method + (" after rotation" if self.settings.rotate else ""),
             format=None if fmt is None else fmt.name,
             samples=0 if valid is None else len(valid),
             tokens=0 if valid is None else int(valid.sum()),
             layers=layers,
-            bytes_before=sum(self.checkpoint.tensors[name].nbytes for name in before),
+            bytes_before=self.source.nbytes,
             bytes_after=quantized_nbytes(params),
         )
-
-
-def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split("/")
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[last] = value

@@ -44,6 +44,8 @@ class Settings:
         included; each gets the one of ``candidates`` that its output error is worth. None gives
         ``fmt`` to all.
       candidates: Formats to choose from with ``target_bits``.
+      rotate: Rotate the residual stream and the value heads first (``calibration.rotation``), which
+        spreads outlier channels. The result is never tied: it has a matrix ``lm_head``.
       kv_dtype: Also calibrate static KV cache scales for this storage type, or None.
     """
 
@@ -58,6 +60,7 @@ class Settings:
     correction: float | None = 0.1
     target_bits: float | None = None
     candidates: tuple[QuantFormat, ...] = ()
+    rotate: bool = False
     kv_dtype: str | None = None
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from qjax.checkpoints.hf import load_model
 from qjax.formats import INT8_CHANNEL, QuantFormat
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder, DecoderLayer
-from qjax.quantize import path_string
+from qjax.quantize import is_quantized, path_string
 from qjax.quantized_array import QuantizedArray
 from scripts import quantize as script
 from tests.tolerances import F32_SUM, relative_error
@@ -152,6 +152,42 @@ def test_scaling_leaves_the_block_as_it_was(
         assert float(jnp.abs(rows - 1).max()) > 0.01, f"{member} was not scaled"
     before, after = (run_block(module, p, x, batch.valid)[0] for p in (block, scaled))
     assert relative_error(after, before) < 4 * F32_SUM  # four foldings
+
+
+def test_a_rotated_model_is_written_and_loads(
+    params: dict,
+    checkpoint: pathlib.Path,
+    samples: tuple[np.ndarray, np.ndarray],
+    tmp_path: pathlib.Path,
+) -> None:
+    @jax.jit
+    def apply(model: dict) -> jax.Array:
+        variables = {"params": model}
+        return Decoder(CONFIG, jnp.float32).apply(variables, jnp.asarray(samples[0]))[0]  # type: ignore
+
+    def logits(model: dict) -> jax.Array:  # of plain arrays: compiled once
+        plain = lambda x: x.dequantize(jnp.float32) if is_quantized(x) else x  # noqa: E731
+        return apply(jax.tree_util.tree_map(plain, model, is_leaf=is_quantized))
+
+    output = tmp_path / "rotated"
+    settings = dataclasses.replace(FAST, rotate=True)
+    report = calibrate_checkpoint(checkpoint, output, settings, samples, progress=False)
+    assert report.method == "gptq after rotation"
+    loaded = load_model(output, progress=False)
+    assert loaded.config == CONFIG and loaded.kv_scales is not None
+    assert relative_error(logits(loaded.params), logits(params)) < 0.3
+
+    # Tied, and what stays unquantized keeps its type.
+    tied = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    small = {"model": params["model"]}
+    save_model(tmp_path / "tied", tied, small, "none", progress=False)
+    arguments = ["--model", str(tmp_path / "tied"), "--output", str(tmp_path / "untied"), "--quiet"]
+    options = ["--rotate", "--method", "rtn", "--format", "int8", "--rule", "lm_head/kernel=int8"]
+    assert script.main(arguments + options) == 0
+    loaded = load_model(tmp_path / "untied", progress=False)
+    assert not loaded.config.tie_word_embeddings
+    head = {"kernel": small["model"]["embed_tokens"]["embedding"].T}
+    assert relative_error(logits(loaded.params), logits(small | {"lm_head": head})) < 0.05
 
 
 def test_rtn_by_rules_without_data(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:
