@@ -356,9 +356,21 @@ class _Run:
         name = self.settings.kv_dtype
         if name is None:
             return None
-        top = np.float32(bound(name))
-        scale = lambda x: np.where(x > 0, x / top, np.float32(1)).astype(np.float32)  # noqa: E731
-        return KVScales(tuple(map(scale, keys)), tuple(map(scale, values)), name)
+
+        def scale(layer: int, kind: str, absmax: np.ndarray) -> np.ndarray:
+            # A head that only saw zeros gets its layer's largest scale; there is no default.
+            if not absmax.max() > 0:
+                raise ValueError(
+                    f"layer {layer}: the calibration text gave only zeros as {kind}; use other "
+                    "text, or leave --kv-cache-dtype out"
+                )
+            return (np.where(absmax > 0, absmax, absmax.max()) / bound(name)).astype(np.float32)
+
+        return KVScales(
+            tuple(scale(i, "keys", x) for i, x in enumerate(keys)),
+            tuple(scale(i, "values", x) for i, x in enumerate(values)),
+            name,
+        )
 
     def assemble(self, pieces: Mapping[str, Any]) -> dict[str, Any]:
         """The whole parameter tree: finished pieces, and what no piece holds from the source."""
