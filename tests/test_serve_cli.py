@@ -356,7 +356,13 @@ def test_ctrl_c_in_another_process(model, tmp_path):
     prompts = write_lines(tmp_path / "p.txt", *["the cat sat"] * 400)
     output = tmp_path / "out.jsonl"
     flags = ["--model", model, "--prompts", prompts, "--output", output, "--ignore-eos"]
-    command = [sys.executable, ROOT / "scripts" / "serve.py", *flags, "--max-new-tokens", "100"]
+    # A shell starts background jobs, such as a CI run, with SIGINT ignored, and so do their children.
+    launcher = (
+        "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = ROOT / "scripts" / "serve.py"
+    command = [sys.executable, "-c", launcher, script, *flags, "--max-new-tokens", "100"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True
