@@ -356,7 +356,7 @@ def test_ctrl_c_in_another_process(model, tmp_path):
     prompts = write_lines(tmp_path / "p.txt", *["the cat sat"] * 400)
     output = tmp_path / "out.jsonl"
     flags = ["--model", model, "--prompts", prompts, "--output", output, "--ignore-eos"]
-    # A shell starts background jobs, such as a CI run, with SIGINT ignored, and so do their children.
+    # Shells start background jobs (a CI run, say) with SIGINT ignored, and so run their children.
     launcher = (
         "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
