@@ -97,6 +97,17 @@ def tile_reduce(x: Array, tiles: tuple[int, ...]) -> tuple[Array, Array]:
     return jnp.minimum(view.min(axes), zero), jnp.maximum(view.max(axes), zero)
 
 
+def tile_absmax(x: Array, tiles: tuple[int, ...]) -> Array:
+    """Largest finite magnitude of every tile, float32; 0 where a tile has no finite value.
+
+    One reduction in the type of ``x``: XLA's CPU backend takes four times as long for the two of
+    ``tile_reduce``, and this is most of the time of quantizing a weight.
+    """
+    magnitude = jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.zeros((), x.dtype))
+    view = tile_view(magnitude, tiles)
+    return view.max(tuple(range(1, view.ndim, 2))).astype(jnp.float32)
+
+
 def round_scale(scale: Array, dtype: str) -> Array:
     """Round a float32 scale to the type it is held in; never to zero, infinity or NaN."""
     if dtype == "float32":
@@ -111,9 +122,8 @@ def round_scale(scale: Array, dtype: str) -> Array:
     return jnp.clip(scale, float(info.tiny), float(info.max)).astype(dtype)
 
 
-def absmax_scale(low: Array, high: Array, fmt: QuantFormat) -> Array:
+def absmax_scale(absmax: Array, fmt: QuantFormat) -> Array:
     """Symmetric scale, ``absmax / bound``, in ``fmt.scale_dtype``; 1 for a tile of zeros."""
-    absmax = jnp.maximum(-low, high)
     scale = absmax / jnp.float32(fmt.bound)
     scale = jnp.where(scale < TINY, jnp.float32(1), scale)
     return round_scale(scale, fmt.scale_dtype)

@@ -30,10 +30,10 @@ def compute_scale(x: Array, fmt: QuantFormat, *, axis: int = -2) -> tuple[Array,
     Returns:
       ``(scale, zero_point)`` with the rank of ``x``; zero_point is None for symmetric formats.
     """
-    low, high = numerics.tile_reduce(x, fmt.tiles(x.shape, axis))
+    tiles = fmt.tiles(x.shape, axis)
     if fmt.symmetric:
-        return numerics.absmax_scale(low, high, fmt), None
-    return numerics.minmax_scale(low, high, fmt)
+        return numerics.absmax_scale(numerics.tile_absmax(x, tiles), fmt), None
+    return numerics.minmax_scale(*numerics.tile_reduce(x, tiles), fmt)
 
 
 def encode(

@@ -46,7 +46,7 @@ def shrink_factors(fmt: QuantFormat) -> np.ndarray:
 def range_scale(low: Array, high: Array, fmt: QuantFormat) -> tuple[Array, Array | None]:
     """Scale and zero point (None if symmetric) of tiles with the given ranges."""
     if fmt.symmetric:
-        return numerics.absmax_scale(low, high, fmt), None
+        return numerics.absmax_scale(jnp.maximum(-low, high), fmt), None
     return numerics.minmax_scale(low, high, fmt)
 
 
