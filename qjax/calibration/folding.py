@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibration.stats import ChannelStats, HessianStats
+from qjax.calibration.stats import HessianStats
 from qjax.typing import Array
 
 
@@ -51,11 +51,6 @@ def scale_hessian(stats: HessianStats, factor: Array) -> HessianStats:
     """Statistics of the inputs after division by ``factor``, without a pass over the data."""
     inverse = 1 / factor
     return HessianStats(stats.hessian * inverse[:, None] * inverse[None, :], stats.count)
-
-
-def scale_channel(stats: ChannelStats, factor: Array) -> ChannelStats:
-    """Statistics of the inputs after division by ``factor``."""
-    return ChannelStats(stats.absmax / factor, stats.sum_squares / factor**2, stats.count)
 
 
 def gqa_sources(num_q_heads: int, num_kv_heads: int, head_dim: int) -> np.ndarray:
