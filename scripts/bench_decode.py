@@ -12,10 +12,9 @@ import dataclasses
 import functools
 import json
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax._device import compiler_options, device_info
+from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
 from qjax.formats import FORMATS, parse_format
 from qjax.generate import activation_qtype, decode
 from qjax.kv_format import parse_kv_format
@@ -41,6 +41,19 @@ columns
   floor    time to read these bytes at the memory's data-sheet rate, over the time taken
   vs bf16  tokens/s over those of bf16 at the same batch size
 """
+
+PASSED_ON = (
+    "shape",
+    "batch_sizes",
+    "context",
+    "kv_cache_dtype",
+    "kv_scale_mode",
+    "page_size",
+    "steps",
+    "blocks",
+    "repeats",
+)
+"""Flags that a child process gets as they are."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -163,22 +176,9 @@ def failed(args: argparse.Namespace, name: str, batch: int, reason: str) -> Row:
 
 def run_format(args: argparse.Namespace, name: str) -> list[Row]:
     """Measure one format in a child process."""
-    command = [sys.executable, __file__, "--worker", "--formats", name]
-    for flag in ("shape", "batch_sizes", "context", "kv_cache_dtype", "kv_scale_mode"):
-        command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
-    for flag in ("page_size", "steps", "blocks", "repeats"):
-        command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
-    reason = "the process ended without a result"
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.time_limit)
-        output = done.stdout
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [reason])[-1][:200]
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout or b""
-        output = output.decode() if isinstance(output, bytes) else output
-        reason = f"not finished within --time-limit {args.time_limit:g} s"
-    rows = [Row(**json.loads(line)) for line in output.splitlines() if line.startswith("{")]
+    flags = flags_from(args, PASSED_ON)
+    found, reason = run_isolated(__file__, ["--formats", name, *flags], args.time_limit)
+    rows = [Row(**row) for row in found]
     measured = {row.batch for row in rows}
     missing = [b for b in map(int, args.batch_sizes.split(",")) if b not in measured]
     return rows + [failed(args, name, batch, reason) for batch in missing]
@@ -240,15 +240,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker:
         work(args)
         return 0
-    rows = []
-    for name in args.formats.split(","):
-        for row in run_format(args, name):
-            rows.append(row)
-            line = json.dumps(dataclasses.asdict(row))
-            print(line, flush=True)
-            if args.output is not None:
-                with open(args.output, "a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+    rows: list[Row] = []
+
+    def measured() -> Iterator[dict[str, Any]]:
+        for name in args.formats.split(","):
+            for row in run_format(args, name):
+                rows.append(row)
+                yield dataclasses.asdict(row)
+
+    print_rows(measured(), args.output)
     print("\n" + "\n".join(table(rows)))
     return int(any(row.error for row in rows))
 

@@ -15,10 +15,9 @@ import importlib.util
 import json
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax._device import compiler_options, device_info
+from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
 from qjax.formats import FORMATS, QuantFormat, parse_format
 from qjax.ops.dot import quantized_dot
 from qjax.ops.packed import (
@@ -299,21 +299,10 @@ def work(args: argparse.Namespace) -> None:
 
 def run_child(args: argparse.Namespace, name: str, backend: str) -> list[Row]:
     """Measure one format on one backend in a child process."""
-    command = [sys.executable, __file__, "--worker", "--formats", name, "--backends", backend]
-    for flag in ("shapes", "rows", "search", "rotate_mb", "launches"):
-        command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
-    reason = "the process ended without a result"
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.time_limit)
-        output = done.stdout
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [reason])[-1][:300]
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout or b""
-        output = output.decode() if isinstance(output, bytes) else output
-        reason = f"not finished within --time-limit {args.time_limit:g} s"
-    lines = [line for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
-    rows = [Row(**json.loads(line)) for line in lines]
+    flags = flags_from(args, ("shapes", "rows", "search", "rotate_mb", "launches"))
+    flags += ["--formats", name, "--backends", backend]
+    found, reason = run_isolated(__file__, flags, args.time_limit)
+    rows = [Row(**row) for row in found]
     measured = {(row.shape, row.m) for row in rows}
     for shape in args.shapes.split(","):
         for m in map(int, args.rows.split(",")):
@@ -419,18 +408,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker:
         work(args)
         return 0
-    rows = []
-    for name in args.formats.split(","):
-        for backend in args.backends.split(","):
-            if parse_format(name) is None and backend != "xla":
-                continue  # there is no kernel for plain weights, only the baseline
-            for row in run_child(args, name, backend):
-                rows.append(row)
-                line = json.dumps(dataclasses.asdict(row))
-                print(line, flush=True)
-                if args.output is not None:
-                    with open(args.output, "a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+    rows: list[Row] = []
+
+    def measured() -> Iterator[dict[str, Any]]:
+        for name in args.formats.split(","):
+            for backend in args.backends.split(","):
+                if parse_format(name) is None and backend != "xla":
+                    continue  # there is no kernel for plain weights, only the baseline
+                for row in run_child(args, name, backend):
+                    rows.append(row)
+                    yield dataclasses.asdict(row)
+
+    print_rows(measured(), args.output)
     print("\n" + "\n".join(table(rows)))
     if args.plot is not None:
         plot(rows, args.plot)
