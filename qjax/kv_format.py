@@ -51,6 +51,8 @@ class KVFormat:
         its token, so what was written never changes its meaning.
       granularity: Extent of one static scale, ``tensor`` or ``head`` (per KV head, the default);
         None for the other modes.
+      without_key_bias: Keys are stored without the bias of their projection, whose part of the
+        logits attention adds (``qjax.ops.key_bias``); quantized types only.
 
     Raises:
       ValueError: If the combination is not meaningful; the message says what to change.
@@ -59,6 +61,7 @@ class KVFormat:
     dtype: str
     mode: str = "none"
     granularity: str | None = None
+    without_key_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _PLAIN + _QUANTIZED:
@@ -83,6 +86,11 @@ class KVFormat:
         if self.mode == "static" and self.granularity not in _GRANULARITIES:
             raise ValueError(
                 f"granularity={self.granularity!r} is unknown; choose one of {_GRANULARITIES}"
+            )
+        if self.without_key_bias and not self.quantized:
+            raise ValueError(
+                f"KVFormat dtype={self.dtype!r} with without_key_bias=True: only quantized keys "
+                "gain from leaving the bias out"
             )
 
     @property
@@ -128,7 +136,8 @@ class KVFormat:
     def name(self) -> str:
         """Short name for reports, such as ``fp8_e4m3-tracked`` or ``int8-static-head``."""
         short = next(key for key, value in _NAMES.items() if value == self.dtype)
-        return "-".join(p for p in (short, self.mode, self.granularity) if p and p != "none")
+        bias = "unbiased" if self.without_key_bias else None
+        return "-".join(p for p in (short, self.mode, self.granularity, bias) if p and p != "none")
 
 
 def parse_kv_format(name: str, *, mode: str = "tracked", model_dtype: DType) -> KVFormat:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from qjax.kv_cache import QuantizedKVCache
 from qjax.nn.layers import QuantDense, RMSNorm, Taps
-from qjax.nn.rotary import RopeScaling, apply_rotary
+from qjax.nn.rotary import RopeScaling, apply_rotary, rope_frequencies
 from qjax.ops.attention import attention, paged_attention
+from qjax.ops.key_bias import KeyBias
 from qjax.ops.kv import append
 
 
@@ -75,6 +76,10 @@ class Attention(nn.Module):
         Returns:
           ``(b, t, hidden)``, the new cache, and the inputs of the four linear layers together with
           the keys and values as they enter the cache, ``(b, t, num_kv_heads, head_dim)``.
+
+        Raises:
+          ValueError: If there is a cache without slots or valid, or its format leaves out a key
+            bias that the layer does not have.
         """
         b, t, hidden_size = x.shape
         common: dict[str, Any] = {
@@ -83,12 +88,21 @@ class Attention(nn.Module):
             "backend": self.dot_backend,
         }
 
-        def project(name: str, heads: int) -> jax.Array:
-            dense = QuantDense(heads * self.head_dim, use_bias=self.use_bias, name=name, **common)
+        unbiased = cache is not None and cache.formats[self.layer].without_key_bias
+        if unbiased and (self.qk_norm or not self.use_bias):
+            raise ValueError(
+                f"layer {self.layer} has the KV format {cache.formats[self.layer].name}, but its "
+                "keys have no bias that could be left out"
+            )
+
+        def project(name: str, heads: int, add_bias: bool = True) -> jax.Array:
+            dense = QuantDense(
+                heads * self.head_dim, self.use_bias, add_bias=add_bias, name=name, **common
+            )
             return dense(x).reshape(b, t, heads, self.head_dim)
 
         q = project("q_proj", self.num_q_heads)
-        k = project("k_proj", self.num_kv_heads)
+        k = project("k_proj", self.num_kv_heads, add_bias=not unbiased)
         v = project("v_proj", self.num_kv_heads)
         if self.qk_norm:
             q = RMSNorm(self.norm_eps, self.dtype, self.param_dtype, name="q_norm")(q)
@@ -114,6 +128,7 @@ class Attention(nn.Module):
                 lengths,
                 scale=scale,
                 window=self.window,
+                key_bias=self._key_bias() if unbiased else None,
                 backend=self.attention_backend,
             )
         out = out.reshape(b, t, self.num_q_heads * self.head_dim)
@@ -126,3 +141,12 @@ class Attention(nn.Module):
         )
         taps = {"q_proj": x, "k_proj": x, "v_proj": x, "o_proj": out, "keys": k, "values": v}
         return o_proj(out), cache, taps
+
+    def _key_bias(self) -> KeyBias:
+        """What keys in the cache lack; in float32, since nothing forces it into fewer bits."""
+        bias = self.get_variable("params", "k_proj")["bias"].astype(jnp.float32)
+        return KeyBias(
+            bias.reshape(self.num_kv_heads, self.head_dim),
+            rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling),
+            1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor,
+        )

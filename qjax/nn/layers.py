@@ -6,6 +6,7 @@ or a ``PackedWeight`` of the same logical shape, and ``quantized_dot`` looks at 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +27,7 @@ class QuantDense(nn.Module):
     Attributes:
       features: Size of the output.
       use_bias: Whether there is a bias ``(out,)``, which is never quantized.
+      add_bias: Whether the bias, if there is one, is added; False leaves that to the caller.
       dtype: Compute dtype; products are accumulated in float32.
       out_dtype: Result dtype, ``dtype`` where None.
       param_dtype: Dtype of freshly initialised parameters.
@@ -35,6 +37,7 @@ class QuantDense(nn.Module):
 
     features: int
     use_bias: bool = False
+    add_bias: bool = dataclasses.field(default=True, kw_only=True)
     dtype: Any = jnp.bfloat16
     out_dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -59,6 +62,8 @@ class QuantDense(nn.Module):
         y = quantized_dot(x, kernel, out_dtype=out_dtype, backend=self.backend)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+            if not self.add_bias:
+                return y
             y = y + bias.astype(out_dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
 

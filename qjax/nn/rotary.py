@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.ops.key_bias import rotate
+
 ROPE_TYPES = ("linear", "llama3", "yarn")
 
 
@@ -132,8 +134,5 @@ def apply_rotary(
     """
     freqs = rope_frequencies(x.shape[-1], theta, scaling)
     angles = positions[..., None, None].astype(jnp.float32) * freqs.reshape(1, 1, 1, -1)
-    factor = jnp.float32(1.0 if scaling is None else scaling.attention_factor)
-    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    return rotate(x.astype(jnp.float32), angles, factor).astype(x.dtype)

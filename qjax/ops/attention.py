@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat
 from qjax.ops._dispatch import choose_backend
+from qjax.ops.key_bias import KeyBias
 from qjax.ops.kv import decode_codes
 from qjax.typing import Array, DType
 
@@ -42,6 +43,7 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    key_bias: KeyBias | None = None,
     backend: str | None = None,
 ) -> Array:
     """Causal attention of new tokens over everything their sequences have in the cache.
@@ -61,6 +63,7 @@ def paged_attention(
       scale: Multiplier of the logits, usually ``head_dim ** -0.5``.
       window: Sliding window: only the last ``window`` positions, the query's own included, are
         seen. None for full attention.
+      key_bias: What the stored keys lack, in layers whose format has ``without_key_bias``.
       backend: ``"xla"``, or None for the fastest supported one.
 
     Returns:
@@ -68,13 +71,18 @@ def paged_attention(
 
     Raises:
       ValueError: If shapes disagree, ``q_heads`` is not a multiple of the KV heads, the window is
-        not positive, or the backend is unknown.
+        not positive, ``key_bias`` and the layer's format disagree, or the backend is unknown.
       NotImplementedError: If ``backend="mosaic_gpu"``.
 
     References:
       FlashDecoding for the split into partial softmaxes; KIVI (arXiv:2402.02750).
     """
     _check_paged(q, cache, layer, positions, slots, lengths, window)
+    if cache.formats[layer].without_key_bias != (key_bias is not None):
+        raise ValueError(
+            f"layer {layer} has the KV format {cache.formats[layer]} and {key_bias=}: a key bias "
+            "must be given where, and only where, keys are stored without it"
+        )
     choose_backend("paged_attention", backend, "there is no kernel for it, use backend='xla'")
     b, t, q_heads, head_dim = q.shape
     queries = q.reshape(b, t, cache.num_kv_heads, q_heads // cache.num_kv_heads, head_dim)
@@ -84,9 +92,9 @@ def paged_attention(
     # much more than one per page.
     entries = cache.max_seqs * cache.pages_per_seq
     if t == 1 and b == cache.max_seqs and entries <= 4 * cache.num_pages:
-        out = _decode(queries, cache, layer, positions, slots, lengths, scale, window)
+        out = _decode(queries, cache, layer, positions, slots, lengths, scale, window, key_bias)
     else:
-        out = _prefill(queries, cache, layer, positions, slots, lengths, scale, window)
+        out = _prefill(queries, cache, layer, positions, slots, lengths, scale, window, key_bias)
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -160,6 +168,7 @@ def _decode(
     lengths: Array,
     scale: float,
     window: int | None,
+    key_bias: KeyBias | None,
 ) -> Array:
     """Page-major form. ``q`` is ``[b, 1, kv_heads, ratio, head_dim]``; float32 result alike."""
     fmt, page_size = cache.formats[layer], cache.page_size
@@ -187,6 +196,10 @@ def _decode(
         k = decode_codes(cache.keys[layer], fmt, dtype)
         logits = _contract("pkgd,pksd->pkgs", q[owner, 0].astype(dtype), k) * jnp.float32(scale)
         logits = _times_scale(logits, cache.key_scales[layer], fmt, lambda s: s[:, :, None, :])
+        if key_bias is not None:
+            at_offsets = key_bias.table(page_size)
+            known = key_bias.logits(q[owner, 0], number * page_size, at_offsets)
+            logits = logits + known * jnp.float32(scale)
     logits = jnp.where(seen, logits, -jnp.inf)
     m = jnp.max(logits, axis=-1)
     p = jnp.exp(logits - _finite(m)[..., None])
@@ -214,6 +227,7 @@ def _prefill(
     lengths: Array,
     scale: float,
     window: int | None,
+    key_bias: KeyBias | None,
 ) -> Array:
     """Gathering form. ``q`` is ``[b, t, kv_heads, ratio, head_dim]``; float32 result alike."""
     fmt, page_size = cache.formats[layer], cache.page_size
@@ -227,6 +241,7 @@ def _prefill(
         table, ((0, 0), (0, steps * step - cache.pages_per_seq)), constant_values=cache.num_pages
     )
     query = q.transpose(0, 2, 3, 1, 4).astype(dtype)
+    bias_table = None if key_bias is None else key_bias.table(chunk)
 
     def gather(pages: Array, rows: Array) -> Array:
         # [b, step, kv_heads, page, ...] -> [b, kv_heads, step * page, ...]. Clipped, not filled: an
@@ -246,6 +261,10 @@ def _prefill(
             logits = _times_scale(
                 logits, key_scale, fmt, lambda s: gather(s, rows)[:, :, None, None, :]
             )
+            if key_bias is not None and bias_table is not None:
+                start = jnp.asarray(index * chunk, jnp.int32)[None]
+                known = key_bias.logits(query, start, bias_table)
+                logits = logits + known * jnp.float32(scale)
         logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
         new_m = jnp.maximum(m, jnp.max(logits, axis=-1))
         shift = _finite(new_m)
