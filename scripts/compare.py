@@ -48,6 +48,7 @@ from qjax.formats import QuantFormat, parse_format
 from qjax.kv_format import parse_kv_format
 from qjax.models.config import ModelConfig
 from qjax.quantize import quantize_tree
+from qjax.serving.key_bias import describe, leave_out_biases
 from qjax.serving.settings import kv_formats
 from qjax.training.bpe import read_text
 
@@ -170,6 +171,10 @@ def scored_rows(args: argparse.Namespace, formats: dict[str, QuantFormat | None]
                 params = quantize_tree(params, {LINEAR_KERNELS: fmt})
             for kv_name, (kv, static_scales) in caches.items():
                 bar.set_postfix_str(f"{name}, KV {kv_name}")
+                # From these weights, as the serving engine decides it.
+                kv, biases = leave_out_biases(kv, params, loaded.config)
+                if biases:
+                    tqdm.write(f"KV {kv_name}: {describe(biases)}", file=sys.stderr)
                 scores = score(
                     loaded.module,
                     params,

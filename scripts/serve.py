@@ -290,6 +290,7 @@ def generate(args: argparse.Namespace) -> None:
             progress=not args.quiet,
             # Not into a line of text that is being streamed.
             on_compile=None if streaming else lambda name: note(args, f"compiling {name}"),
+            on_note=lambda line: note(args, line),
         )
 
     if args.output is None:

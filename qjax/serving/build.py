@@ -12,6 +12,7 @@ from qjax.checkpoints.hf import load_model
 from qjax.checkpoints.reader import KVScales
 from qjax.formats import parse_format
 from qjax.serving.engine import Engine, EngineConfig
+from qjax.serving.key_bias import describe, leave_out_biases
 from qjax.serving.settings import kv_formats, parse_layers
 
 
@@ -84,6 +85,7 @@ def build_engine(
     kv_scales: KVScales | None = None,
     progress: bool = True,
     on_compile: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> tuple[Engine, str, str]:
     """Load a model and make an engine for it.
 
@@ -94,6 +96,7 @@ def build_engine(
       kv_scales: Static KV cache scales to use instead of the checkpoint's.
       progress: Show a progress bar while weights load.
       on_compile: See ``Engine``.
+      on_note: Called with a line on what was decided from the weights.
 
     Returns:
       The engine, and the names of its weight and KV cache formats.
@@ -116,6 +119,9 @@ def build_engine(
         model.module.dtype,
         model.kv_scales if kv_scales is None else kv_scales,
     )
+    formats, biases = leave_out_biases(formats, model.params, model.config)
+    if biases and on_note is not None:
+        on_note(describe(biases))
     engine = Engine(
         model.module,
         model.params,
