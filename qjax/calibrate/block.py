@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.calibrate.clock import PhaseClock
 from qjax.calibrate.linears import (
     GROUPS,
     Batch,
@@ -71,6 +72,7 @@ def quantize_block(
     settings: Settings,
     *,
     prefix: str = "",
+    clock: PhaseClock | None = None,
 ) -> tuple[Tree, list[LayerResult]]:
     """Quantize the linear layers of one block.
 
@@ -82,27 +84,34 @@ def quantize_block(
         that are missing or None are left alone.
       settings: The method and its options.
       prefix: Put before paths in the results.
+      clock: Is told where the time goes.
 
     Returns:
       ``(params, results)``: parameters with ``QuantizedArray`` kernels, and one result for each
       linear layer.
     """
+    clock = PhaseClock() if clock is None else clock
     original = params
     factors: dict[str, tuple[Array, Array]] = {}
     if settings.scaling is not None:
-        params, factors = scale_channels(module, params, batches, formats, settings)
+        with clock.phase("scaling"):
+            params, factors = scale_channels(module, params, batches, formats, settings)
+            clock.wait(params)
     scaled = params
     plain = params  # here quantized kernels stand dequantized: one structure, one compilation
     teacher = scaled if settings.corrects else None
     results: list[LayerResult] = []
     stats: dict[str, GroupStats] = {}
     for group in GROUPS:
-        if settings.sequential:
-            stats = collect(module, plain, teacher, batches, [group])
-        elif not stats:
-            stats = collect(module, plain, teacher, batches, GROUPS)
+        with clock.phase("statistics"):
+            if settings.sequential:
+                stats = {}  # the last group's, before the next ones are allocated
+                stats = collect(module, plain, teacher, batches, [group])
+            elif not stats:
+                stats = collect(module, plain, teacher, batches, GROUPS)
+            clock.wait(stats)
         seen = stats[group.tap]
-        rounded = _round_group(scaled, group, seen, formats, settings)
+        rounded = _round_group(scaled, group, seen, formats, settings, clock)
         for member, correction in zip(group.members, _split(scaled, group, seen), strict=True):
             path = f"{member}/kernel"
             fmt = formats.get(path)
@@ -119,17 +128,20 @@ def quantize_block(
                 act_scale = _static_scale(seen.channel, fmt.activation)
                 value = dataclasses.replace(value, act_scale=act_scale)
             target = get_at(scaled, path)
-            simple = quantize(get_at(original, path), fmt, dtype=jnp.float32).dequantize()
-            if member in factors:  # compared where the chosen weights live: after scaling
-                rows, columns = factors[member]
-                simple = simple * rows[:, None] / columns[None, :]
-            chosen = value.dequantize(jnp.float32)
+            with clock.phase("errors"):
+                simple = quantize(get_at(original, path), fmt, dtype=jnp.float32).dequantize()
+                if member in factors:  # compared where the chosen weights live: after scaling
+                    rows, columns = factors[member]
+                    simple = simple * rows[:, None] / columns[None, :]
+                chosen = value.dequantize(jnp.float32)
+                error_rtn = _error(target, simple, seen.hessian, correction)
+                error = _error(target, chosen, seen.hessian, correction)
             results.append(
                 LayerResult(
                     prefix + path,
                     fmt.name,
-                    error_rtn=_error(target, simple, seen.hessian, correction),
-                    error=_error(target, chosen, seen.hessian, correction),
+                    error_rtn=error_rtn,
+                    error=error,
                     damping=damping,
                     tokens=tokens,
                     dead=int(jnp.sum(jnp.diagonal(seen.hessian.hessian) == 0)),
@@ -142,16 +154,23 @@ def quantize_block(
 
 
 def _round_group(
-    params: Tree, group: LinearGroup, stats: GroupStats, formats: Formats, settings: Settings
+    params: Tree,
+    group: LinearGroup,
+    stats: GroupStats,
+    formats: Formats,
+    settings: Settings,
+    clock: PhaseClock,
 ) -> dict[str, tuple[QuantizedArray, float]]:
     """Quantize the members; those whose columns are independent go in one call."""
     kernels = {m: get_at(params, f"{m}/kernel").astype(jnp.float32) for m in group.members}
     if stats.correction is not None:
         assert settings.correction is not None
         strength = jnp.float32(settings.correction)
-        for member, part in zip(group.members, _split(params, group, stats), strict=True):
-            assert part is not None
-            kernels[member] = corrected_weight(kernels[member], stats.hessian, part, strength)
+        with clock.phase("correction"):
+            for member, part in zip(group.members, _split(params, group, stats), strict=True):
+                assert part is not None
+                kernels[member] = corrected_weight(kernels[member], stats.hessian, part, strength)
+            clock.wait(kernels)
     out: dict[str, tuple[QuantizedArray, float]] = {}
     chosen = {m: formats.get(f"{m}/kernel") for m in group.members}
     for fmt in dict.fromkeys(f for f in chosen.values() if f is not None):
@@ -159,7 +178,7 @@ def _round_group(
         joint = fmt.granularity in ("channel", "group")
         for part in [names] if joint else [[name] for name in names]:
             weight = jnp.concatenate([kernels[m] for m in part], axis=1)
-            value, damping = round_kernel(weight, stats.hessian, fmt, settings)
+            value, damping = round_kernel(weight, stats.hessian, fmt, settings, clock)
             begin = 0
             for name in part:
                 end = begin + kernels[name].shape[1]
@@ -169,22 +188,30 @@ def _round_group(
 
 
 def round_kernel(
-    weight: Array, stats: HessianStats, fmt: QuantFormat, settings: Settings
+    weight: Array,
+    stats: HessianStats,
+    fmt: QuantFormat,
+    settings: Settings,
+    clock: PhaseClock,
 ) -> tuple[QuantizedArray, float]:
     """Quantize one kernel by the rounding of the settings; also the damping used."""
     if settings.rounding == "rtn":
         return quantize(weight, fmt), 0.0
     if settings.rounding == "clip":
-        return quantize_clipped(weight, stats, fmt), 0.0
-    value, info = gptq_quantize(
-        weight,
-        stats,
-        fmt,
-        damping=settings.damping,
-        order=settings.order,
-        search=settings.search,
-    )
-    value = refine(weight, value, stats, sweeps=settings.sweeps)
+        with clock.phase("clipping"):
+            return clock.wait(quantize_clipped(weight, stats, fmt)), 0.0
+    with clock.phase("gptq"):
+        value, info = gptq_quantize(
+            weight,
+            stats,
+            fmt,
+            damping=settings.damping,
+            order=settings.order,
+            search=settings.search,
+        )
+        clock.wait(value)
+    with clock.phase("descent"):
+        value = clock.wait(refine(weight, value, stats, sweeps=settings.sweeps))
     return value, float(info.damping)
 
 

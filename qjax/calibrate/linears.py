@@ -21,6 +21,7 @@ from qjax.calibration.stats import (
     update_hessian,
 )
 from qjax.models.decoder import DecoderLayer
+from qjax.quantize import is_quantized
 from qjax.typing import Array
 
 Tree = dict[str, Any]
@@ -96,6 +97,17 @@ def set_at(tree: Tree, path: str, value: Any) -> Tree:
     """A copy of the tree with one leaf replaced."""
     key, _, rest = path.partition("/")
     return {**tree, key: set_at(tree[key], rest, value) if rest else value}
+
+
+def plain_weights(params: Tree) -> Tree:
+    """The parameters with kernels dequantized whose format does not quantize activations."""
+
+    def leaf(value: Any) -> Any:
+        if is_quantized(value) and value.fmt.activation is None:
+            return value.dequantize()
+        return value
+
+    return jax.tree_util.tree_map(leaf, params, is_leaf=is_quantized)
 
 
 def apply_block(module: DecoderLayer, params: Tree, x: Array, valid: Array) -> tuple[Array, Tree]:

@@ -22,7 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from qjax.calibrate.block import LayerResult, quantize_block, round_kernel
-from qjax.calibrate.linears import Batch, get_at, run_block
+from qjax.calibrate.clock import PhaseClock
+from qjax.calibrate.linears import Batch, get_at, plain_weights, run_block
 from qjax.calibrate.plan import block_sensitivities, plan_formats
 from qjax.calibrate.report import Report, mean_ratio
 from qjax.calibrate.settings import DEFAULT_RULE, Settings
@@ -57,6 +58,7 @@ def calibrate_checkpoint(
     batch_tokens: int = 8192,
     overwrite: bool = False,
     progress: bool = True,
+    clock: PhaseClock | None = None,
 ) -> Report:
     """Quantize a checkpoint folder.
 
@@ -70,6 +72,7 @@ def calibrate_checkpoint(
       batch_tokens: Tokens per forward pass.
       overwrite: Replace ``output``.
       progress: Show a progress bar on standard error.
+      clock: Is told where the time goes.
 
     Returns:
       The report, which is also written into the folder.
@@ -79,7 +82,8 @@ def calibrate_checkpoint(
         before any work.
       ValueError: If settings do not fit the model or each other.
     """
-    run = _Run(Path(source), settings, samples, batch_tokens)
+    clock = PhaseClock() if clock is None else clock
+    run = _Run(Path(source), settings, samples, batch_tokens, clock)
     output = Path(output).absolute()
     _check_target(run, output, export, overwrite)
     work = output.parent / f".{output.name}.calibration"
@@ -92,11 +96,12 @@ def calibrate_checkpoint(
     # Written beside the work and then renamed, so that the report is in place when the folder is.
     finished = work / "model"
     common: dict[str, Any] = {"source": run.folder, "kv_scales": kv_scales, "overwrite": True}
-    if export == "native":
-        save_native(finished, run.config, to_device(params), **common)
-    else:
-        save_model(finished, run.config, params, export, progress=progress, **common)
-    report.write(finished)
+    with clock.phase("writing"):
+        if export == "native":
+            save_native(finished, run.config, to_device(params), **common)
+        else:
+            save_model(finished, run.config, params, export, progress=progress, **common)
+        report.write(finished)
     if output.exists():
         shutil.rmtree(output)
     finished.rename(output)
@@ -147,7 +152,12 @@ class _Run:
     """One model with its settings and data."""
 
     def __init__(
-        self, folder: Path, settings: Settings, samples: Samples | None, batch_tokens: int
+        self,
+        folder: Path,
+        settings: Settings,
+        samples: Samples | None,
+        batch_tokens: int,
+        clock: PhaseClock,
     ):
         if samples is None and settings.needs_data:
             raise ValueError(f"method={settings.method!r} needs calibration text")
@@ -159,7 +169,7 @@ class _Run:
         if not any(self.formats.values()):
             raise ValueError("no layer is left to quantize; give a format, or fewer rules")
         self.dtype = jnp.dtype(self.config.dtype)
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self.clock = batch_tokens, clock
         if samples is not None and int(samples[0].max()) >= self.config.vocab_size:
             raise ValueError(
                 f"token {int(samples[0].max())} is outside the vocabulary of "
@@ -209,7 +219,8 @@ class _Run:
         self.formats |= plan_formats(errors, shapes, candidates, target)
 
     def block_params(self, index: int) -> dict[str, Any]:
-        return self.source.block(index, self.wide())
+        with self.clock.phase("reading"):
+            return self.clock.wait(self.source.block(index, self.wide()))
 
     def wide(self) -> set[str]:
         """Kernels that will be quantized."""
@@ -239,15 +250,18 @@ class _Run:
         ) as bar:
             for index in range(self.config.num_layers):
                 name = f"model/layers_{index}"
-                original = self.block_params(index)
-                make = functools.partial(self.quantize_block, index, f"{name}/", original, batches)
-                params, record = self.piece(store, f"block-{index:05d}", f"{name}/", make)
-                layers += [LayerResult(**x) for x in record["layers"]]
-                pieces[name] = params
-                if batches:
-                    batches, top = self.advance(index, to_device(params), original, batches)
-                    keys.append(top[0])
-                    values.append(top[1])
+                with self.clock.block():
+                    original = self.block_params(index)
+                    make = functools.partial(
+                        self.quantize_block, index, f"{name}/", original, batches
+                    )
+                    params, record = self.piece(store, f"block-{index:05d}", f"{name}/", make)
+                    layers += [LayerResult(**x) for x in record["layers"]]
+                    pieces[name] = params
+                    if batches:
+                        batches, top = self.advance(index, to_device(params), original, batches)
+                        keys.append(top[0])
+                        values.append(top[1])
                 ratio = mean_ratio(layers[-7:])
                 bar.set_postfix_str("" if ratio is None else f"error {ratio:.2f} of RTN")
                 bar.update()
@@ -269,7 +283,8 @@ class _Run:
         """A finished piece; always read back, so that a resumed run sees the same arrays."""
         if not store.has(name):
             params, results = make()
-            store.save(name, params, {"layers": [dataclasses.asdict(x) for x in results]})
+            with self.clock.phase("storing"):
+                store.save(name, params, {"layers": [dataclasses.asdict(x) for x in results]})
         formats = {
             path.removeprefix(prefix): fmt
             for path, fmt in self.formats.items()
@@ -283,7 +298,9 @@ class _Run:
         formats = {p.removeprefix(prefix): f for p, f in self.formats.items()}
         if batches:
             module = self.module(index)
-            return quantize_block(module, params, batches, formats, self.settings, prefix=prefix)
+            return quantize_block(
+                module, params, batches, formats, self.settings, prefix=prefix, clock=self.clock
+            )
         results = []
         for leaf in self.leaves:
             path = leaf.path.removeprefix(prefix)
@@ -316,16 +333,21 @@ class _Run:
     ) -> tuple[list[Batch], tuple[np.ndarray, np.ndarray]]:
         """Run all batches through a block; also the largest keys and values per head."""
         module, moved = self.module(index), []
-        heads = self.config.num_kv_heads
-        top = (np.zeros((heads,), np.float32), np.zeros((heads,), np.float32))
-        for batch in batches:
-            x, keys, values = run_block(module, params, batch.x, batch.valid)
-            top = (np.maximum(top[0], np.asarray(keys)), np.maximum(top[1], np.asarray(values)))
-            before = batch.original
-            if before is not None:
-                before = run_block(module, original, before, batch.valid)[0]
-            moved.append(Batch(x, batch.valid, before))
-        return moved, top
+        heads = jnp.zeros((self.config.num_kv_heads,), jnp.float32)
+        top = (heads, heads)
+        # Weights that only save memory stand dequantized: one structure for both models, so one
+        # compilation, and large batches are what dequantizing once pays for.
+        params = plain_weights(params)
+        with self.clock.phase("forward"):
+            for batch in batches:
+                x, keys, values = run_block(module, params, batch.x, batch.valid)
+                top = (jnp.maximum(top[0], keys), jnp.maximum(top[1], values))
+                before = batch.original
+                if before is not None:
+                    before = run_block(module, original, before, batch.valid)[0]
+                moved.append(Batch(x, batch.valid, before))
+            self.clock.wait(moved)
+        return moved, (np.asarray(top[0]), np.asarray(top[1]))
 
     def quantize_head(self, batches: list[Batch]) -> tuple[dict[str, Any], list[LayerResult]]:
         """The output projection, on the final norm's output."""
@@ -341,7 +363,7 @@ class _Run:
         for batch in batches:
             x = norm.apply(variables, batch.x)
             stats = update_hessian(stats, jnp.asarray(x), batch.valid)
-        value, damping = round_kernel(weight, stats, fmt, self.settings)
+        value, damping = round_kernel(weight, stats, fmt, self.settings, self.clock)
         result = LayerResult(
             HEAD,
             fmt.name,

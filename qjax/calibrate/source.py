@@ -125,8 +125,11 @@ class ModelSource:
         return array.T if leaf.is_kernel else array
 
     def _read(self, path: str) -> Array:
-        # Copied: on CPU jax would otherwise keep a view of the mapped file.
-        return jnp.array(self._view(self._stored[path]), copy=True)
+        leaf = self._stored[path]
+        # Copied: on CPU jax would otherwise keep a view of the mapped file. Transposed behind the
+        # transfer: a GPU does that in no time.
+        array = jnp.array(self._checkpoint[leaf.stored_name(self._checkpoint)], copy=True)
+        return array.T if leaf.is_kernel else array
 
 
 def insert(tree: dict[str, Any], path: str, value: Any) -> None:

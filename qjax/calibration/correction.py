@@ -65,11 +65,14 @@ def update_correction(
     Returns:
       New statistics.
     """
+    # Behind 16-bit activations the errors themselves are rounded: what the fastest product of
+    # float32 (TF32 on a GPU) adds to that is noise, which the regression averages out.
+    precision = _EXACT if x.dtype == jnp.float32 else None
     mask = valid.reshape(-1)[:, None]
     rows = jnp.where(mask, x.reshape(-1, x.shape[-1]).astype(jnp.float32), 0.0)
     wanted = jnp.where(mask, missing.reshape(-1, missing.shape[-1]).astype(jnp.float32), 0.0)
     return CorrectionStats(
-        stats.cross + jnp.matmul(rows.T, wanted, precision=_EXACT),
+        stats.cross + jnp.matmul(rows.T, wanted, precision=precision),
         stats.energy + jnp.sum(wanted * wanted, axis=0),
     )
 

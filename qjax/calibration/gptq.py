@@ -3,8 +3,8 @@
 With ``H = X^T X`` and ``U`` the upper Cholesky factor of ``H^-1`` (``H^-1 = U^T U``), row ``i`` is
 rounded to ``q_i``, ``e_i = (w_i - q_i) / U_ii``, and ``w_j -= U_ij e_i`` for all later rows ``j``.
 
-The rows are walked in blocks: inside a block one rank-1 update per row, after it one matrix product
-for everything behind the block. All loops are ``lax.fori_loop``, so compile time does not depend on
+The rows are walked in blocks: inside a block a few rows at a time, after it one matrix product for
+everything behind the block. All loops are ``lax.fori_loop``, so compile time does not depend on
 the width. Rows are those of a kernel ``(in, out)``, the columns of the paper.
 
 References:
@@ -30,6 +30,7 @@ from qjax.typing import Array
 
 ORDERS = ("none", "group", "static")
 _MAX_BLOCK = 128
+_MAX_CHUNK = 8
 _MAX_DAMPING = 10.0
 
 
@@ -113,6 +114,14 @@ def plan_layout(k: int, tile: int) -> Layout:
         return Layout(-(-k // block) * block, tile, block)
     block = max(d for d in range(1, _MAX_BLOCK + 1) if tile % d == 0)
     return Layout(-(-k // tile) * tile, tile, block)
+
+
+def chunk_rows(span: int) -> int:
+    """Rows that are rounded by one unrolled step: the largest divisor of ``span`` up to 8.
+
+    On a GPU a step of one row is a handful of kernel launches for next to no work.
+    """
+    return max(d for d in range(1, _MAX_CHUNK + 1) if span % d == 0)
 
 
 def normalize_hessian(hessian: Array, rows: int) -> tuple[Array, Array, Array]:
@@ -215,10 +224,34 @@ def _gptq(
     def start_group(row: Array, values: Array, scale: Array, zero: Array | None) -> tuple:
         weights = jax.lax.dynamic_slice_in_dim(importance, row, tile)
         new_scale, new_zero = tile_scale(values, weights)
-        scale = scale.at[group_of[row]].set(new_scale[0])
-        return scale, None if new_zero is None or zero is None else zero.at[group_of[row]].set(
-            new_zero[0]
-        )
+        group = jax.lax.dynamic_index_in_dim(group_of, row, keepdims=False)
+        put = jax.lax.dynamic_update_slice_in_dim
+        scale = put(scale, new_scale, group, 0)
+        return scale, None if new_zero is None or zero is None else put(zero, new_zero, group, 0)
+
+    span = min(tile, block)
+    chunk = chunk_rows(span)
+
+    def wide(values: Array, groups: Array) -> Array:
+        """Rows of per-tile parameters as ``(chunk, n or 1)``."""
+        rows = values.at[groups].get(mode="promise_in_bounds")
+        return numerics.expand_tiles(rows, (groups.shape[0], n), (1, out_tile))
+
+    def round_rows(
+        values: Array, u: Array, scale: Array, zero: Array | None
+    ) -> tuple[Array, Array]:
+        """Errors and codes of a few rows in sequence; one fused loop over the columns."""
+        pending = [values[i][None] for i in range(chunk)]
+        errors, codes = [], []
+        for i in range(chunk):
+            offset = None if zero is None else zero[i][None]
+            q = encode(pending[i], scale[i][None], offset, fmt, (1, 1))
+            error = (pending[i] - decode(q, scale[i][None], offset)) / u[i, i]
+            for j in range(i + 1, chunk):
+                pending[j] = pending[j] - u[i, j] * error
+            errors.append(error)
+            codes.append(q.astype(carry_dtype))
+        return jnp.concatenate(errors), jnp.concatenate(codes)
 
     def block_step(b: Array, state: tuple) -> tuple:
         w, code, scale, zero = state
@@ -234,28 +267,33 @@ def _gptq(
         u_rows = jax.lax.dynamic_slice_in_dim(upper, first, block)
         u_block = jax.lax.dynamic_slice_in_dim(u_rows, first, block, axis=1)
 
-        def row_step(i: Array, state: tuple) -> tuple:
+        def span_step(s: Array, state: tuple) -> tuple:
             w_block, errors, codes, scale, zero = state
+            begin = s * span
             if order != "static" and tile <= block:
-                scale, zero = jax.lax.cond(
-                    i % tile == 0,
-                    lambda: start_group(
-                        first + i, jax.lax.dynamic_slice_in_dim(w_block, i, tile), scale, zero
-                    ),
-                    lambda: (scale, zero),
+                values = jax.lax.dynamic_slice_in_dim(w_block, begin, tile)
+                scale, zero = start_group(first + begin, values, scale, zero)
+
+            def chunk_step(c: Array, state: tuple) -> tuple:
+                w_block, errors, codes = state
+                top = begin + c * chunk
+                u_chunk = jax.lax.dynamic_slice_in_dim(u_block, top, chunk)
+                groups = jax.lax.dynamic_slice_in_dim(group_of, first + top, chunk)
+                new_errors, new_codes = round_rows(
+                    jax.lax.dynamic_slice_in_dim(w_block, top, chunk),
+                    jax.lax.dynamic_slice_in_dim(u_chunk, top, chunk, axis=1),
+                    wide(scale, groups),
+                    None if zero is None else wide(zero, groups),
                 )
-            group = group_of[first + i]
-            row = w_block[i][None]
-            wide = numerics.expand_tiles(scale[group][None], (1, n), (1, out_tile))
-            offset = None
-            if zero is not None:
-                offset = numerics.expand_tiles(zero[group][None], (1, n), (1, out_tile))
-            q = encode(row, wide, offset, fmt, (1, 1))
-            error = (row - decode(q, wide, offset)) / u_block[i, i]
-            # U is upper triangular: finished rows are not touched.
-            w_block = w_block - u_block[i][:, None] * error
-            codes = codes.at[i].set(q[0].astype(carry_dtype))
-            return w_block, errors.at[i].set(error[0]), codes, scale, zero
+                # U is upper triangular: finished rows are not touched.
+                change = jnp.matmul(u_chunk.T, new_errors, precision=jax.lax.Precision.HIGHEST)
+                errors = jax.lax.dynamic_update_slice_in_dim(errors, new_errors, top, 0)
+                codes = jax.lax.dynamic_update_slice_in_dim(codes, new_codes, top, 0)
+                return w_block - change, errors, codes
+
+            start = (w_block, errors, codes)
+            done = jax.lax.fori_loop(0, span // chunk, chunk_step, start)
+            return *done, scale, zero
 
         start = (
             jax.lax.dynamic_slice_in_dim(w, first, block),
@@ -264,7 +302,7 @@ def _gptq(
             scale,
             zero,
         )
-        _, errors, codes, scale, zero = jax.lax.fori_loop(0, block, row_step, start)
+        _, errors, codes, scale, zero = jax.lax.fori_loop(0, block // span, span_step, start)
         w = w - jnp.matmul(u_rows.T, errors, precision=jax.lax.Precision.HIGHEST)
         return w, jax.lax.dynamic_update_slice_in_dim(code, codes, first, 0), scale, zero
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax import numerics
-from qjax.calibration.gptq import normalize_hessian, plan_layout
+from qjax.calibration.gptq import chunk_rows, normalize_hessian, plan_layout
 from qjax.calibration.stats import HessianStats
 from qjax.formats import QuantFormat
 from qjax.quantize import encode
@@ -99,6 +99,7 @@ def _refine(
     tile, out_tile = fmt.tiles((k, n), 0)
     rows, tile, block = plan_layout(k, tile)
     groups = rows // tile
+    chunk = chunk_rows(min(tile, block))
     pad_rows = ((0, rows - k), (0, 0))
     pad_groups = ((0, groups - scale.shape[0]), (0, 0))
     w = jnp.pad(weight.astype(jnp.float32), pad_rows)
@@ -138,31 +139,52 @@ def _refine(
         gradient = gradient + effect * wide(new - old)
         return c, jax.lax.dynamic_update_slice_in_dim(scale, new, g, 0), gradient
 
+    def round_rows(c: Array, gradient: Array, h: Array, s: Array, z: Array) -> tuple[Array, Array]:
+        """New codes of a few rows in sequence and by how much their values change."""
+        slope = [gradient[i][None] for i in range(chunk)]
+        codes, steps = [], []
+        for i in range(chunk):
+            old = c[i][None]
+            target = old * s - slope[i] / h[i, i]
+            new = encode(target / s + z, jnp.ones((1, 1), jnp.float32), None, fmt, (1, 1))
+            new = new.astype(jnp.float32) - z
+            step = (new - old) * s
+            for j in range(i + 1, chunk):
+                slope[j] = slope[j] + h[i, j] * step
+            codes.append(new)
+            steps.append(step)
+        return jnp.concatenate(codes), jnp.concatenate(steps)
+
     def block_step(b: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         c, scale, gradient = state
         first = b * block
         columns = jax.lax.dynamic_slice_in_dim(hessian, first, block, axis=1)
         h_block = jax.lax.dynamic_slice_in_dim(columns, first, block)
 
-        def row_step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def chunk_step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             c_block, g_block, moved = state
-            group = (first + i) // tile
+            top = i * chunk
+            group = (first + top) // tile  # a chunk lies in one tile
             s = wide(jax.lax.dynamic_slice_in_dim(scale, group, 1))
             z = wide(jax.lax.dynamic_slice_in_dim(offset, group, 1))
-            old = c_block[i][None]
-            target = old * s - g_block[i][None] / h_block[i, i]
-            new = encode(target / s + z, jnp.ones((1, 1), jnp.float32), None, fmt, (1, 1))
-            new = new.astype(jnp.float32) - z
-            step = (new - old) * s
-            g_block = g_block + h_block[:, i][:, None] * step
-            return c_block.at[i].set(new[0]), g_block, moved.at[i].set(step[0])
+            h = jax.lax.dynamic_slice_in_dim(h_block, top, chunk, axis=1)
+            new, steps = round_rows(
+                jax.lax.dynamic_slice_in_dim(c_block, top, chunk),
+                jax.lax.dynamic_slice_in_dim(g_block, top, chunk),
+                jax.lax.dynamic_slice_in_dim(h, top, chunk),
+                s,
+                z,
+            )
+            put = jax.lax.dynamic_update_slice_in_dim
+            g_block = g_block + jnp.matmul(h, steps, precision=_EXACT)
+            return put(c_block, new, top, 0), g_block, put(moved, steps, top, 0)
 
         start = (
             jax.lax.dynamic_slice_in_dim(c, first, block),
             jax.lax.dynamic_slice_in_dim(gradient, first, block),
             jnp.zeros((block, n), jnp.float32),
         )
-        c_block, _, moved = jax.lax.fori_loop(0, block, row_step, start)
+        c_block, _, moved = jax.lax.fori_loop(0, block // chunk, chunk_step, start)
         gradient = gradient + jnp.matmul(columns, moved, precision=_EXACT)
         return jax.lax.dynamic_update_slice_in_dim(c, c_block, first, 0), scale, gradient
 

@@ -133,26 +133,28 @@ def pack_layer(q: QuantizedArray) -> dict[str, np.ndarray]:
       ``weight_packed`` or ``weight``, ``weight_scale`` and what else the format has.
     """
     fmt, (k, n) = q.fmt, q.shape
-    codes = np.asarray(q.qvalue).T
+    codes = np.asarray(q.qvalue)  # (K, N): words are transposed, not codes
     scale = np.ascontiguousarray(np.asarray(q.scale).T)
     storage = storage_format(fmt)
     tensors: dict[str, np.ndarray] = {}
     if q.perm is not None:
         perm = np.asarray(q.perm)
         original = np.empty_like(codes)
-        original[:, perm] = codes
+        original[perm] = codes
         codes = original
         g_idx = np.empty(k, np.int32)
         g_idx[perm] = np.arange(k, dtype=np.int32) // (fmt.group_size or k)
         tensors["weight_g_idx"] = g_idx
     if storage == "pack-quantized":
-        tensors["weight_packed"] = pack(to_unsigned(codes, fmt.bits), fmt.bits, axis=1)
+        words = pack(to_unsigned(codes, fmt.bits), fmt.bits, axis=0)
+        tensors["weight_packed"] = np.ascontiguousarray(words.T)
         tensors["weight_shape"] = np.array([n, k], np.int64)
     elif fmt.bits == 4 and fmt.is_float:
-        tensors["weight_packed"] = pack(codes.view(np.uint8), 4, axis=1, dtype=np.uint8)
+        words = pack(codes.view(np.uint8), 4, axis=0, dtype=np.uint8)
+        tensors["weight_packed"] = np.ascontiguousarray(words.T)
     else:
         plain = codes.astype(np.int8) if fmt.is_int else codes
-        tensors["weight"] = np.ascontiguousarray(plain)
+        tensors["weight"] = np.ascontiguousarray(plain.T)
     if q.zero_point is not None:
         zero_point = np.ascontiguousarray(np.asarray(q.zero_point).T)
         if _packs_zero_points(fmt):
