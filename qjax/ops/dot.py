@@ -76,8 +76,11 @@ def quantized_dot(
         return dot(x, w.astype(x.dtype)).astype(out_dtype)
     chosen = choose_backend("quantized_dot", backend, unsupported_reason(x, w))
     if isinstance(w, PackedWeight):
-        if activation_format is not None:
-            raise ValueError(f"{activation_format.name} activations need an unpacked weight")
+        if activation_format not in (None, w.fmt.activation):
+            raise ValueError(
+                f"{activation_format.name} activations need an unpacked weight, or one packed "
+                "with them as fmt.activation"
+            )
         if chosen == "mosaic_gpu":
             return packed_dot(x, w, out_dtype=out_dtype)
         w = w.unpack()

@@ -5,7 +5,8 @@ unpacked one never meets these kernels. They are compiled for sm_90a and checked
 interpreter, but have not yet run on hardware.
 
 A ``PackedWeight`` stands where a ``QuantizedArray`` stood and multiplies by the same
-``quantized_dot``; for what the kernels do not take (more than 64 rows, other devices) it is
+``quantized_dot`` (one whose format names 8-bit activations is the subclass ``PackedW8A8`` of
+``packed_w8a8``); for what the kernels do not take (more than 64 rows, other devices) it is
 unpacked inside the program and multiplied by XLA. Inference only: the kernels have no gradient.
 """
 
@@ -140,10 +141,7 @@ def pack_unsupported_reason(w: QuantizedArray) -> str | None:
     if w.global_scale is not None:
         return f"the second-level scale of {w.fmt.name}"
     if w.fmt.activation is not None:
-        return (
-            f"{w.fmt.activation.name} activations; the kernels are for 16-bit ones, "
-            "which fmt.replace(activation=None) asks for"
-        )
+        return _w8a8().pack_unsupported_reason(w)
     return weight_only.weight_unsupported_reason(
         *w.shape,
         kind=w.qvalue.dtype.name,
@@ -156,13 +154,16 @@ def pack_for_mosaic(w: QuantizedArray, *, compute: str = "float16") -> PackedWei
     """Rearrange a quantized weight for the Mosaic GPU kernels.
 
     Args:
-      w: Weight ``(k, n)``, ``k`` a multiple of 128 and ``n`` of 64: int4 codes in groups of 32, 64
-        or 128 or with one scale per column or tensor, with or without zero points; int8, E4M3 or
-        E5M2 codes without zero points, with one scale per column, tensor, group of 128 or block of
-        128 along ``k``. fp8 codes must be finite.
-      compute: Type of the products of grouped weights. With float16 a weight is rounded to 11 bits
-        and bfloat16 activations are first scaled per row by a power of two, which is exact. With
-        bfloat16 they need no such step, and weights are rounded to 8 bits.
+      w: Weight ``(k, n)``, ``k`` a multiple of 128 and ``n`` of 64. For 16-bit activations: int4
+        codes in groups of 32, 64 or 128 or with one scale per column or tensor, with or without
+        zero points; int8, E4M3 or E5M2 codes without zero points, with one scale per column,
+        tensor, group of 128 or block of 128 along ``k``. fp8 codes must be finite. With 8-bit
+        activations in its format: int8, E4M3 or E5M2 codes with one scale per column or tensor,
+        and fp8 codes in blocks of (128, 128).
+      compute: Type of the products of grouped weights with 16-bit activations. With float16 a
+        weight is rounded to 11 bits and bfloat16 activations are first scaled per row by a power of
+        two, which is exact. With bfloat16 they need no such step, and weights are rounded to 8
+        bits.
 
     Returns:
       The packed weight, of the same logical shape.
@@ -178,7 +179,16 @@ def pack_for_mosaic(w: QuantizedArray, *, compute: str = "float16") -> PackedWei
     reason = pack_unsupported_reason(w)
     if reason is not None:
         raise NotImplementedError(f"pack_for_mosaic: no kernel for {reason}")
+    if w.fmt.activation is not None:
+        return _w8a8().pack(w)
     return _pack(w, compute)
+
+
+def _w8a8() -> Any:
+    """The module of weights for 8-bit activations. It builds on this one: imported on first use."""
+    from qjax.ops import packed_w8a8
+
+    return packed_w8a8
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -262,9 +272,12 @@ def packed_unsupported_reason(x: Array, w: PackedWeight, *, interpret: bool = Fa
     """
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{x.dtype} activations; the kernels take bfloat16 and float16"
-    if _compute_dtype(x, w) == "bfloat16" and x.dtype == jnp.float16:
-        return "float16 activations meet a weight packed with compute='bfloat16'"
-    reason = weight_only.unsupported_reason(packed_problem(x, w))
+    if w.fmt.activation is not None:
+        reason = _w8a8().unsupported_reason(x, w)
+    elif _compute_dtype(x, w) == "bfloat16" and x.dtype == jnp.float16:
+        reason = "float16 activations meet a weight packed with compute='bfloat16'"
+    else:
+        reason = weight_only.unsupported_reason(packed_problem(x, w))
     if reason is not None:
         return reason
     if not interpret:
@@ -300,16 +313,18 @@ def packed_dot(
     w: PackedWeight,
     *,
     out_dtype: DType | None = None,
-    config: weight_only.Config | None = None,
+    config: Any = None,
     interpret: bool = False,
 ) -> Array:
     """``x @ w`` by the kernel; ``quantized_dot`` is the function that chooses.
 
     Args:
-      x: Activations ``(..., k)``, bfloat16 or float16, at most 64 rows.
+      x: Activations ``(..., k)``, bfloat16 or float16, at most 64 rows unless the weight's format
+        names activations to quantize them to.
       w: Packed weight ``(k, n)``.
       out_dtype: Result type; ``x.dtype`` by default.
-      config: How the kernel cuts up the work; its heuristic by default.
+      config: How the kernel cuts up the work, a ``weight_only.Config`` or ``w8a8.Config``; its
+        heuristic by default.
       interpret: Run in the Pallas interpreter.
 
     Returns:
@@ -322,6 +337,8 @@ def packed_dot(
     if reason is not None:
         raise NotImplementedError(f"packed_dot: mosaic_gpu cannot run here: {reason}")
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    if w.fmt.activation is not None:
+        return _w8a8().dot(x, w, out_dtype=out_dtype, config=config, interpret=interpret)
     flat = x.reshape(-1, x.shape[-1])
     if w.perm is not None:
         flat = jnp.take(flat, w.perm, axis=-1)

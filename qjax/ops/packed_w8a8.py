@@ -1,0 +1,180 @@
+"""Weights packed for the W8A8 Mosaic GPU kernel, and products of quantized activations with them.
+
+``packed.pack_for_mosaic`` makes one of a weight whose format names 8-bit activations; everything
+else about packed weights holds for it too. It works for any number of rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from qjax.formats import QuantFormat
+from qjax.numerics import expand_tiles
+from qjax.ops.packed import PackedWeight
+from qjax.pallas_kernels import w8a8
+from qjax.quantize import quantize
+from qjax.quantized_array import QuantizedArray
+from qjax.typing import Array, DType
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["words", "scales", "column", "perm", "act_scale"],
+    meta_fields=["fmt", "tiles", "scale_dtype", "compute", "dtype"],
+)
+@dataclasses.dataclass(frozen=True)
+class PackedW8A8(PackedWeight):
+    """A quantized weight ``(k, n)`` for 8-bit activations, stored as ``(n, k)``.
+
+    Attributes:
+      words: The codes ``(n, k)`` in their own type.
+      scales: float32 ``(ceil(n / 128), k / 128)`` block scales, or None.
+      column: float32 ``(n,)``: the scale of each output feature; ones with block scales.
+      compute: Type of the codes.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.words.shape[1], self.words.shape[0]
+
+    def unpack(self) -> QuantizedArray:
+        """The weight that was packed, exactly, if its scales fit float32."""
+        return _unpack(self)
+
+
+@jax.jit
+def _unpack(w: PackedW8A8) -> QuantizedArray:
+    # Scales of a whole column or tensor were repeated.
+    scale = w.column[None, :: w.tiles[1]] if w.scales is None else w.scales.T
+    return QuantizedArray.make(
+        w.words.T,
+        scale.astype(w.scale_dtype),
+        w.fmt,
+        perm=w.perm,
+        act_scale=w.act_scale,
+        dtype=w.dtype,
+    )
+
+
+def pack_unsupported_reason(w: QuantizedArray) -> str | None:
+    """Why ``pack`` cannot pack a weight (a matrix with an activation format); None if it can."""
+    activation = w.fmt.activation
+    if activation is None:
+        return f"{w.fmt.name}, which names no activations"
+    if w.zero_point is not None or not activation.symmetric:
+        return "zero points with 8-bit activations"
+    if activation.storage_dtype.itemsize != 1 or activation.bits != 8:
+        return f"{activation.name} activations; the W8A8 kernels are for 8-bit ones"
+    if activation.is_float != w.fmt.is_float:
+        return f"{activation.name} activations with {w.fmt.name} weights"
+    k, n = w.shape
+    blocks = w.tiles[0] != k
+    if blocks and (w.tiles[0] != w8a8.BLOCK_K or min(w.tiles[1], n) not in (w8a8.BLOCK_K, n)):
+        return f"scales of {w.tiles}; W8A8 kernels have one per column, or per (128, 128)"
+    x_tile = activation.tiles((1, k), -1)[1]
+    if x_tile != k and (not blocks or x_tile != w8a8.BLOCK_K):
+        return f"activation groups of {x_tile} with weight scales of {w.tiles}"
+    return w8a8.weight_unsupported_reason(k, n, kind=w.qvalue.dtype.name, blocks=blocks)
+
+
+@jax.jit
+def pack(w: QuantizedArray) -> PackedW8A8:
+    """Transpose a weight for the kernel; ``pack_unsupported_reason`` must be None."""
+    k, n = w.shape
+    scale = w.scale.astype(jnp.float32)
+    scales = None
+    if w.tiles[0] == k:
+        column = jnp.broadcast_to(expand_tiles(scale, (1, n), (1, w.tiles[1])), (1, n))[0]
+    else:
+        column = jnp.ones((n,), jnp.float32)
+        scales = jnp.broadcast_to(scale.T, (-(-n // w8a8.BLOCK_K), scale.shape[0]))
+    return PackedW8A8(
+        w.qvalue.T,
+        scales,
+        column,
+        w.perm,
+        w.act_scale,
+        fmt=w.fmt,
+        tiles=w.tiles,
+        scale_dtype=w.scale.dtype,
+        compute=w.qvalue.dtype.name,
+        dtype=w.dtype,
+    )
+
+
+def problem(x: Array, w: PackedW8A8, *, out_dtype: DType | None = None) -> w8a8.Problem:
+    """The product ``x @ w`` in the kernel's terms; arguments as for ``packed.packed_dot``."""
+    return w8a8.Problem(
+        math.prod(x.shape[:-1]),
+        *w.shape,
+        w.compute,
+        _activation(w).storage_dtype.name,
+        blocks=w.scales is not None,
+        out_itemsize=jnp.dtype(x.dtype if out_dtype is None else out_dtype).itemsize,
+    )
+
+
+def _activation(w: PackedW8A8) -> QuantFormat:
+    assert w.fmt.activation is not None
+    return w.fmt.activation
+
+
+def unsupported_reason(x: Array, w: PackedW8A8) -> str | None:
+    """Why the kernel cannot compute ``x @ w``, whatever the device; None if it can."""
+    activation = _activation(w)
+    if not activation.dynamic and w.act_scale is None:
+        return f"{activation.name} is static but the weight carries no act_scale"
+    return w8a8.unsupported_reason(problem(x, w))
+
+
+def dot(
+    x: Array,
+    w: PackedW8A8,
+    *,
+    out_dtype: DType | None = None,
+    config: w8a8.Config | None = None,
+    interpret: bool = False,
+) -> Array:
+    """Quantize activations and multiply; ``packed.packed_dot`` calls this.
+
+    Args:
+      x: Activations ``(..., k)``, bfloat16 or float16.
+      w: Packed weight ``(k, n)``.
+      out_dtype: Result type; ``x.dtype`` by default.
+      config: How the kernel cuts up the work; its heuristic by default.
+      interpret: Run in the Pallas interpreter.
+
+    Returns:
+      ``(..., n)`` in ``out_dtype``.
+    """
+    activation = _activation(w)
+    flat = x.reshape(-1, x.shape[-1])
+    if w.perm is not None:
+        flat = jnp.take(flat, w.perm, axis=-1)
+    scale = None
+    if not activation.dynamic:
+        assert w.act_scale is not None
+        scale = w.act_scale.astype(jnp.float32).reshape(1, 1)
+    with jax.named_scope("quantize_activations"):
+        # The same function as on the XLA backend, so that both multiply the same codes.
+        xq = quantize(flat, activation, axis=-1, scale=scale)
+        x_scale = jnp.broadcast_to(xq.scale.astype(jnp.float32), (flat.shape[0], xq.scale.shape[1]))
+        if w.scales is None:
+            x_scale = x_scale[:, 0]
+        else:
+            x_scale = jnp.broadcast_to(x_scale.T, (w.scales.shape[1], flat.shape[0]))
+    out = w8a8.matmul(
+        xq.qvalue,
+        w.words,
+        x_scale,
+        w.column if w.scales is None else w.scales,
+        config=config,
+        out_dtype=x.dtype if out_dtype is None else out_dtype,
+        interpret=interpret,
+    )
+    return out.reshape(*x.shape[:-1], w.shape[1])
