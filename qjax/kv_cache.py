@@ -1,4 +1,4 @@
-"""Paged KV cache as a frozen pytree: pages, scales, running statistics, saturation counters.
+"""Paged KV cache as a frozen pytree: pages, scales, running statistics, counters of what was lost.
 
 Every layer has its own page arrays, so that a model with unrolled layers updates a donated cache in
 place. A page holds ``page_size`` tokens of one sequence; ``page_table[slot, i]`` is the page of
@@ -49,6 +49,8 @@ class QuantizedKVCache:
         ever written.
       layer_saturated: Per layer int32 ``[2]``: key and value elements that were clipped or were not
         finite. Stops at the int32 maximum.
+      layer_underflowed: Per layer int32 ``[2]``: key and value elements that were not 0 and are
+        stored as 0. Stops at the int32 maximum.
       page_table: int32 ``[max_seqs, pages_per_seq]``. Unused entries hold ``num_pages``; writes
         there are dropped.
       formats: Static. Format per layer.
@@ -62,6 +64,7 @@ class QuantizedKVCache:
     running: tuple[Array | None, ...]
     layer_absmax: tuple[Array, ...]
     layer_saturated: tuple[Array, ...]
+    layer_underflowed: tuple[Array, ...]
     page_table: Array
     formats: tuple[KVFormat, ...] = dataclasses.field(metadata=_static())
     page_size: int = dataclasses.field(metadata=_static())
@@ -144,6 +147,7 @@ class QuantizedKVCache:
             ),
             layer_absmax=tuple(jnp.zeros((2, num_kv_heads), jnp.float32) for _ in formats),
             layer_saturated=tuple(jnp.zeros((2,), jnp.int32) for _ in formats),
+            layer_underflowed=tuple(jnp.zeros((2,), jnp.int32) for _ in formats),
             page_table=jnp.full((max_seqs, pages_per_seq), num_pages, jnp.int32),
             formats=formats,
             page_size=page_size,
@@ -188,6 +192,11 @@ class QuantizedKVCache:
     def saturated(self) -> Array:
         """int32 ``[layers, 2]``: key and value elements clipped or not finite since ``init``."""
         return jnp.stack(self.layer_saturated)
+
+    @property
+    def underflowed(self) -> Array:
+        """int32 ``[layers, 2]``: key and value elements that became 0 since ``init``."""
+        return jnp.stack(self.layer_underflowed)
 
     @property
     def nbytes(self) -> int:
@@ -236,8 +245,8 @@ class QuantizedKVCache:
     def reset_slots(self, mask: ArrayLike) -> QuantizedKVCache:
         """Forget the running statistics of slots that a new sequence takes over.
 
-        Pages need no clearing: attention reads no further than a sequence's length. ``absmax`` and
-        ``saturated`` describe all sequences ever seen and stay.
+        Pages need no clearing: attention reads no further than a sequence's length. ``absmax``,
+        ``saturated`` and ``underflowed`` describe all sequences ever seen and stay.
 
         Args:
           mask: Bool ``[max_seqs]``, True for slots to reset.

@@ -24,6 +24,16 @@ _CLIPPED_FROM = {
     "bfloat16": float("inf"),
     "float32": float("inf"),
 }
+# Magnitude (in units of the scale) up to which rounding to nearest gives 0: half the smallest code.
+_LOST_UP_TO = {
+    "int4": 0.5,
+    "int8": 0.5,
+    "float8_e4m3fn": 2.0**-10,
+    "float8_e5m2": 2.0**-17,
+    "float16": 2.0**-25,
+    "bfloat16": 0.0,
+    "float32": 0.0,
+}
 _NAMES = {
     "f32": "float32",
     "float32": "float32",
@@ -122,6 +132,14 @@ class KVFormat:
     def clipped_from(self) -> float:
         """Magnitude in units of the scale above which a value is clipped, not rounded."""
         return _CLIPPED_FROM[self.dtype]
+
+    @property
+    def lost_up_to(self) -> float:
+        """Magnitude in units of the scale up to which a value is stored as 0.
+
+        Taken as 0 for bfloat16 and float32, which lose nothing that XLA would not flush itself.
+        """
+        return _LOST_UP_TO[self.dtype]
 
     @property
     def storage_dtype(self) -> DType:

@@ -136,8 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--kv-stats",
         action="store_true",
-        help="after the run, print clipped values and largest magnitudes per layer (after an "
-        "interruption: of the prompts that were left)",
+        help="after the run, print values that were clipped or rounded to 0 and the largest "
+        "magnitudes, per layer (after an interruption: of the prompts that were left)",
     )
 
     add = parser.add_argument_group("prompts and results").add_argument
@@ -349,7 +349,8 @@ def summarize(args: argparse.Namespace, engine: Engine, weights: str, kv_cache: 
     for line in Summary.of(engine).lines(weights, kv_cache):
         note(args, line)
     if args.kv_stats:  # asked for, so printed in spite of --quiet
-        for line in kv_stats_lines(engine.cache):
+        tokens = engine.stats.prefill_tokens + engine.stats.decode_tokens
+        for line in kv_stats_lines(engine.cache, tokens):
             tqdm.write(line, file=sys.stderr)
 
 

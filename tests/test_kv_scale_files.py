@@ -18,6 +18,7 @@ from qjax.checkpoints.reader import KVScales
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat
 from qjax.models.config import ModelConfig
+from qjax.serving.key_bias import leave_out_biases
 from qjax.serving.kv_scales import (
     export_scales,
     kv_stats_lines,
@@ -224,6 +225,7 @@ def seen_cache(*formats: KVFormat) -> QuantizedKVCache:
         cache,
         layer_absmax=tuple(jnp.asarray(x) for x in absmax),
         layer_saturated=(jnp.asarray([0, 1234], jnp.int32), jnp.asarray([2**31 - 1, 0], jnp.int32)),
+        layer_underflowed=(jnp.asarray([0, 8], jnp.int32), jnp.asarray([2**31 - 1, 4], jnp.int32)),
     )
 
 
@@ -246,9 +248,33 @@ def test_export_covers_every_layer(formats, dtype, bound, tmp_path):
 
 
 def test_statistics_are_a_table():
-    lines = kv_stats_lines(seen_cache(KVFormat("bfloat16"), KVFormat("int8", "tracked")))
-    assert [line.split() for line in lines[2:]] == [
-        ["0", "bf16", "0", "1,234", "3", "4"],
-        ["1", "int8-tracked", ">=2,147,483,647", "0", "1.234e+04", "8"],
+    lines = kv_stats_lines(seen_cache(KVFormat("bfloat16"), KVFormat("int8", "tracked")), 100)
+    assert lines[0].startswith("KV cache, per layer, of 800 keys (K)")
+    assert [line.split() for line in lines[3:]] == [
+        ["0", "bf16", "0", "1,234", "0.000%", "1.000%", "3", "4"],
+        ["1", "int8-tracked", ">=2,147,483,647", "0", ">=268435455.875%", "0.500%"]
+        + ["1.234e+04", "8"],
     ]
-    assert max(map(len, lines)) <= 100
+
+
+def test_exported_files_tell_what_was_lost_and_how_keys_were_measured(tmp_path):
+    path = tmp_path / "scales.json"
+    apart = KVFormat("int8", "tracked", without_key_bias=True)
+    export_scales(path, seen_cache(KVFormat("int8", "tracked"), apart), CONFIG)
+    layers = json.loads(path.read_text())["layers"]
+    assert layers["0"]["saturated"] == [0, 1234] and layers["0"]["underflowed"] == [0, 8]
+    assert "k_bias" not in layers["0"] and layers["1"]["k_bias"] == "apart"
+    scales = read_kv_scale_file(path, CONFIG)
+    assert scales.without_key_bias == (1,)
+    kept = dataclasses.replace(scales, without_key_bias=())
+    assert scales_fingerprint(scales) != scales_fingerprint(kept)
+    layers["1"]["k_bias"] = "kept"
+    with pytest.raises(CheckpointError, match=r"layers\[1\].k_bias is 'kept'; it must be 'apart'"):
+        read_kv_scale_file(
+            write(tmp_path, json.loads(path.read_text()) | {"layers": layers}), CONFIG
+        )
+    # Here no bias is an outlier, so the scales are too small.
+    static = (KVFormat("int8", "static"),) * 2
+    with pytest.raises(ValueError, match="layer 1: the static key scales were measured on keys"):
+        leave_out_biases(static, {}, CONFIG, scales)
+    assert leave_out_biases(static, {}, CONFIG, kept) == (static, [])

@@ -53,6 +53,29 @@ def test_plain_float16_counts_what_leaves_its_range():
     assert stored(cache)[1].min() == -65504
 
 
+@pytest.mark.parametrize("mode", ["dynamic", "tracked", "static"])
+@pytest.mark.parametrize("dtype", CODES)
+def test_what_becomes_zero_is_counted(dtype, mode):
+    fmt = KVFormat(dtype, mode)
+    rng = np.random.default_rng(12)
+    # From the top of the range to far below the smallest code, and some zeros that lose nothing.
+    x = rng.normal(size=(1, 9, HEADS, DIM)) * 2.0 ** rng.integers(-40, 1, (1, 9, HEADS, DIM))
+    x = np.where(rng.random(x.shape) < 0.2, 0, x).astype(np.float32)
+    cache = add(make(fmt), x, np.zeros_like(x), slots=(0,))
+    want, _ = expected(x[0], fmt, STATIC[0])
+    count = np.count_nonzero((want == 0) & (x[0] != 0))
+    assert 0 < count < np.count_nonzero(x)
+    assert np.asarray(cache.underflowed).tolist() == [[count, 0]]
+
+
+def test_plain_types_lose_what_their_exponent_cannot_hold():
+    x = np.full((1, 1, HEADS, DIM), 1e-8, np.float32)
+    cache = add(make(KVFormat("float16")), x, -x * 10, slots=(0,))
+    assert np.asarray(cache.underflowed).tolist() == [[HEADS * DIM, 0]]
+    cache = add(make(KVFormat("bfloat16")), x, x, slots=(0,))
+    assert np.asarray(cache.underflowed).tolist() == [[0, 0]]
+
+
 def test_counters_stop_at_the_int32_maximum():
     full = jnp.full((2,), 2**31 - 3, jnp.int32)
     cache = dataclasses.replace(make(KVFormat("int8", "dynamic")), layer_saturated=(full,))
@@ -167,7 +190,7 @@ def test_layers_may_have_different_formats():
     pages = sum(a.nbytes for a in cache.keys + cache.values)
     assert pages == 8 * PAGE * 4 * (16 + 8 + 4)
     scales = 2 * 2 * 8 * PAGE * HEADS * 4
-    assert cache.nbytes == pages + scales + 2 * 2 * HEADS * 4 + 3 * (2 * HEADS + 2) * 4 + 6 * 4
+    assert cache.nbytes == pages + scales + 2 * 2 * HEADS * 4 + 3 * (2 * HEADS + 4) * 4 + 6 * 4
     leaves, tree = jax.tree.flatten(cache)
     assert jax.tree.unflatten(tree, leaves).formats == layers
 

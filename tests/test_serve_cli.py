@@ -172,7 +172,7 @@ def test_measured_kv_scales_are_exported_and_read_back(model, tmp_path, capsys):
     flags = ("--prompt", "the cat", "--max-new-tokens", 5, "--ignore-eos", "--quiet")
     measure = (*flags, "--export-kv-scales", scales)
     assert serve_main(model, *measure, "--kv-stats") == 0
-    assert capsys.readouterr().err.splitlines()[2].split()[:4] == ["0", "f32", "0", "0"]
+    assert capsys.readouterr().err.splitlines()[3].split()[:4] == ["0", "f32", "0", "0"]
     values = json.loads(scales.read_text())
     assert values["dtype"] == "float8_e4m3fn" and list(values["layers"]) == ["0"]
     assert serve_main(model, *measure) == 2
@@ -180,12 +180,12 @@ def test_measured_kv_scales_are_exported_and_read_back(model, tmp_path, capsys):
 
     given = (*flags, "--output", output, "--kv-stats", "--quantization-param-path", scales)
     assert serve_main(model, *given) == 0
-    row = capsys.readouterr().err.splitlines()[2].split()
+    row = capsys.readouterr().err.splitlines()[3].split()
     assert row[:2] == ["0", "fp8_e4m3-static-head"]
     values["layers"]["0"]["v_scale"] = 1e-6  # so small that every value is clipped
     scales.write_text(json.dumps(values))
     assert serve_main(model, *given, "--overwrite") == 0
-    clipped = capsys.readouterr().err.splitlines()[2].split()
+    clipped = capsys.readouterr().err.splitlines()[3].split()
     tokens = read_lines(output)[0]["prompt_tokens"] + 4  # the last one generated is not stored
     assert clipped[2] == row[2] and int(clipped[3]) > 0.9 * 16 * tokens
 

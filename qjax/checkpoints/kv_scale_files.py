@@ -12,6 +12,10 @@ Ours has keys and values apart, one number or one per KV head; it is the one tha
      "layers": {"0": {"k_scale": [0.02, 0.03], "v_scale": 0.01},
                 "1": {"k_scale": 0.02, "v_scale": 0.01}}}
 
+A layer may also have ``"k_bias": "apart"`` (its key scales are for keys without the bias of their
+projection), and ``"saturated": [0, 0]`` and ``"underflowed": [12, 7]``, what keys and values lost
+when the scales were measured; for information.
+
 A stored code times its scale is the value. Other engines take 1.0 where something is missing or
 wrong; here everything that does not fit the model is an error, since a wrong scale shows only as
 worse text.
@@ -20,7 +24,7 @@ worse text.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +66,26 @@ def read_kv_scale_file(path: str | Path, config: ModelConfig) -> KVScales:
     )
 
 
-def write_kv_scale_file(path: str | Path, scales: KVScales, config: ModelConfig) -> None:
+def write_kv_scale_file(
+    path: str | Path,
+    scales: KVScales,
+    config: ModelConfig,
+    counts: Sequence[Mapping[str, list[int]]] | None = None,
+) -> None:
     """Write scales so that ``read_kv_scale_file`` returns exactly the same. Atomic.
 
     Args:
       path: The file.
       scales: Of every layer, float32 ``(num_kv_heads,)``.
       config: The model they belong to.
+      counts: Per layer ``saturated`` and ``underflowed``, of keys and of values; None for none.
 
     Raises:
       ValueError: If the number of layers or heads is not that of the model.
     """
-    counts = (len(scales.keys), len(scales.values))
-    if counts != (config.num_layers,) * 2:
-        raise ValueError(f"scales of {counts} layers do not fit the model's {config.num_layers}")
+    lengths = [len(part) for part in (scales.keys, scales.values, counts) if part is not None]
+    if set(lengths) != {config.num_layers}:
+        raise ValueError(f"scales of {lengths} layers do not fit the model's {config.num_layers}")
     shapes = {np.shape(s) for s in (*scales.keys, *scales.values)}
     if shapes != {(config.num_kv_heads,)}:
         raise ValueError(f"scales of shapes {shapes} must all be ({config.num_kv_heads},)")
@@ -85,11 +95,13 @@ def write_kv_scale_file(path: str | Path, scales: KVScales, config: ModelConfig)
         "num_kv_heads": config.num_kv_heads,
         "dtype": scales.dtype,
     }
-    pairs = enumerate(zip(scales.keys, scales.values, strict=True))
-    rows = (
-        f'    "{i}": ' + json.dumps({"k_scale": _numbers(k), "v_scale": _numbers(v)})
-        for i, (k, v) in pairs
-    )
+    rows = []
+    for i, (k, v) in enumerate(zip(scales.keys, scales.values, strict=True)):
+        row: dict[str, Any] = {"k_scale": _numbers(k), "v_scale": _numbers(v)}
+        if i in scales.without_key_bias:
+            row["k_bias"] = "apart"
+        row |= {} if counts is None else counts[i]
+        rows.append(f'    "{i}": ' + json.dumps(row))
     fields = "".join(
         f"  {json.dumps(name)}: {json.dumps(value)},\n" for name, value in head.items()
     )
@@ -137,14 +149,21 @@ class _File:
             raise self.error(f"{where} must be a JSON object, it is a {type(value).__name__}")
         return value
 
-    def keys(self, values: Mapping[str, Any], where: str, expected: tuple[str, ...]) -> None:
+    def keys(
+        self,
+        values: Mapping[str, Any],
+        where: str,
+        expected: tuple[str, ...],
+        optional: tuple[str, ...] = (),
+    ) -> None:
         """Exactly these keys: what is not understood could change the meaning."""
         for key in expected:
             if key not in values:
                 raise self.error(f"{where} lacks {key!r}")
         for key in values:
-            if key not in expected:
-                raise self.error(f"{where} has the unknown key {key!r}; known: {expected}")
+            if key not in expected + optional:
+                known = expected + optional
+                raise self.error(f"{where} has the unknown key {key!r}; known: {known}")
 
     def model(self, values: Mapping[str, Any], **expected: Any) -> None:
         for name, wanted in expected.items():
@@ -221,14 +240,21 @@ class _File:
         dtype = values["dtype"]
         if dtype not in _DTYPES:
             raise self.error(f"dtype is {dtype!r}; known are {', '.join(_DTYPES)}")
-        keys, vals = [], []
+        keys, vals, apart = [], [], []
         layers = self.numbered(values["layers"], "layers", config.num_layers, "layer")
         for i, layer in enumerate(layers):
             pair = self.object(layer, f"layers[{i}]")
-            self.keys(pair, f"layers[{i}]", ("k_scale", "v_scale"))
+            optional = ("k_bias", "saturated", "underflowed")
+            self.keys(pair, f"layers[{i}]", ("k_scale", "v_scale"), optional)
+            if pair.get("k_bias", "apart") != "apart":
+                raise self.error(
+                    f"layers[{i}].k_bias is {pair['k_bias']!r}; it must be 'apart', or left out"
+                )
+            if "k_bias" in pair:
+                apart.append(i)
             keys.append(self.heads(pair["k_scale"], f"layers[{i}].k_scale"))
             vals.append(self.heads(pair["v_scale"], f"layers[{i}].v_scale"))
-        return KVScales(tuple(keys), tuple(vals), dtype)
+        return KVScales(tuple(keys), tuple(vals), dtype, tuple(apart))
 
     def heads(self, value: Any, where: str) -> np.ndarray:
         """One number for all KV heads, or a list with one for each: float32 ``[kv_heads]``."""

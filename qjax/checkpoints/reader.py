@@ -61,12 +61,14 @@ class KVScales:
 
     ``keys`` and ``values`` hold one float32 array of shape ``(num_kv_heads,)`` per layer; a per
     tensor scale is repeated over the heads. ``dtype`` names the format they were calibrated for,
-    such as ``"float8_e4m3fn"``.
+    such as ``"float8_e4m3fn"``. ``without_key_bias`` lists layers whose key scales were measured on
+    keys without the bias of their projection, and are too small for keys with it.
     """
 
     keys: tuple[np.ndarray, ...]
     values: tuple[np.ndarray, ...]
     dtype: str
+    without_key_bias: tuple[int, ...] = ()
 
 
 class QuantizedReader(Protocol):

@@ -88,10 +88,11 @@ class Attention(nn.Module):
             "backend": self.dot_backend,
         }
 
-        unbiased = cache is not None and cache.formats[self.layer].without_key_bias
-        if unbiased and (self.qk_norm or not self.use_bias):
+        fmt = None if cache is None else cache.formats[self.layer]
+        unbiased = fmt is not None and fmt.without_key_bias
+        if fmt is not None and unbiased and (self.qk_norm or not self.use_bias):
             raise ValueError(
-                f"layer {self.layer} has the KV format {cache.formats[self.layer].name}, but its "
+                f"layer {self.layer} has the KV format {fmt.name}, but its "
                 "keys have no bias that could be left out"
             )
 

@@ -169,7 +169,7 @@ def append(
     def put(pages: Array, new: Array) -> Array:
         return pages.at[where].set(new, mode="drop", unique_indices=True)
 
-    pages, page_scales, seen, clipped, running = [], [], [], [], []
+    pages, page_scales, seen, clipped, lost, running = [], [], [], [], [], []
     old = ((keys, cache.keys, cache.key_scales), (values, cache.values, cache.value_scales))
     for index, (x, held, held_scales) in enumerate(old):
         held_scale = held_scales[layer]
@@ -204,16 +204,23 @@ def append(
             outside |= jnp.abs(x) > top
         outside &= stored[..., None, None]
         clipped.append(jnp.sum(outside, dtype=jnp.int32))
+        low = jnp.float32(fmt.lost_up_to) * (jnp.float32(1) if wide is None else wide)
+        zeroed = (jnp.abs(x) <= low) & (x != 0) & stored[..., None, None]
+        lost.append(jnp.sum(zeroed, dtype=jnp.int32))
         seen.append(jnp.max(absmax, axis=(0, 1)))
 
-    count, new = cache.layer_saturated[layer], jnp.stack(clipped)
+    def counted(count: Array, new: list[Array]) -> Array:
+        total = count + jnp.stack(new)
+        return jnp.where(total < count, _INT32_MAX, total)  # wrapped around
+
     changes = {
         "keys": pages[0],
         "values": pages[1],
         "key_scales": page_scales[0],
         "value_scales": page_scales[1],
         "layer_absmax": jnp.maximum(cache.layer_absmax[layer], jnp.stack(seen)),
-        "layer_saturated": jnp.where(count > _INT32_MAX - new, _INT32_MAX, count + new),
+        "layer_saturated": counted(cache.layer_saturated[layer], clipped),
+        "layer_underflowed": counted(cache.layer_underflowed[layer], lost),
     }
     statistic = cache.running[layer]
     if statistic is not None:

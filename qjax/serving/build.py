@@ -111,15 +111,16 @@ def build_engine(
         dtype=None if choices.dtype == "auto" else choices.dtype,
         progress=progress,
     )
+    given = model.kv_scales if kv_scales is None else kv_scales
     formats, scales = kv_formats(
         choices.kv_cache_dtype,
         choices.kv_scale_mode,
         parse_layers(choices.kv_skip_layers),
         model.config.num_layers,
         model.module.dtype,
-        model.kv_scales if kv_scales is None else kv_scales,
+        given,
     )
-    formats, biases = leave_out_biases(formats, model.params, model.config)
+    formats, biases = leave_out_biases(formats, model.params, model.config, given)
     if biases and on_note is not None:
         on_note(describe(biases))
     engine = Engine(

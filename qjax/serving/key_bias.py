@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from qjax.checkpoints.reader import KVScales
 from qjax.kv_format import KVFormat
 from qjax.models.config import ModelConfig
 from qjax.ops.packed import PackedWeight
@@ -79,7 +80,10 @@ def _magnitudes(
 
 
 def leave_out_biases(
-    formats: Sequence[KVFormat], params: Params, config: ModelConfig
+    formats: Sequence[KVFormat],
+    params: Params,
+    config: ModelConfig,
+    scales: KVScales | None = None,
 ) -> tuple[tuple[KVFormat, ...], list[OutlierBias]]:
     """Formats of the KV cache that keep outlier key biases out of it.
 
@@ -87,14 +91,25 @@ def leave_out_biases(
       formats: One per layer.
       params: See ``outlier_biases``.
       config: The model.
+      scales: Where static scales come from. Scales measured with the bias serve keys without it,
+        but not the other way round.
 
     Returns:
       The formats, changed in quantized layers with an outlier bias, and what was found there.
+
+    Raises:
+      ValueError: If static scales were measured without a bias that is no outlier here.
     """
-    if not any(f.quantized for f in formats):
-        return tuple(formats), []
-    found = [b for b in outlier_biases(params, config) if formats[b.layer].quantized]
+    found = []
+    if any(f.quantized for f in formats):
+        found = [b for b in outlier_biases(params, config) if formats[b.layer].quantized]
     layers = {b.layer for b in found}
+    for layer in () if scales is None else scales.without_key_bias:
+        if formats[layer].mode == "static" and layer not in layers:
+            raise ValueError(
+                f"layer {layer}: the static key scales were measured on keys without their bias, "
+                "which is no outlier with these weights and stays in the cache; measure them again"
+            )
     chosen = (
         dataclasses.replace(f, without_key_bias=True) if i in layers else f
         for i, f in enumerate(formats)

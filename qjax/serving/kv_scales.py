@@ -60,7 +60,7 @@ def scales_fingerprint(scales: KVScales | None) -> str | None:
     if scales is None:
         return None
     numbers = [[s.tolist() for s in part] for part in (scales.keys, scales.values)]
-    return fingerprint([scales.dtype, numbers])
+    return fingerprint([scales.dtype, numbers, scales.without_key_bias])
 
 
 def check_export(path: str | Path, *, overwrite: bool) -> None:
@@ -81,6 +81,8 @@ def check_export(path: str | Path, *, overwrite: bool) -> None:
 def export_scales(path: str | Path, cache: QuantizedKVCache, config: ModelConfig) -> str:
     """Write static scales that cover the largest magnitudes a cache has seen, per layer and head.
 
+    Beside them stands what the layer lost while they were measured.
+
     Args:
       path: The file.
       cache: The cache after a run. Scales are for the type of its quantized layers, or for
@@ -95,29 +97,46 @@ def export_scales(path: str | Path, cache: QuantizedKVCache, config: ModelConfig
     """
     dtype = next((f.dtype for f in cache.formats if f.quantized), PLAIN_EXPORT_DTYPE)
     pairs = [p for p in static_scales_from(cache, KVFormat(dtype, "static")) if p is not None]
-    scales = KVScales(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), dtype)
-    write_kv_scale_file(path, scales, config)
+    apart = tuple(i for i, f in enumerate(cache.formats) if f.without_key_bias)
+    scales = KVScales(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), dtype, apart)
+    lost = zip(np.asarray(cache.saturated), np.asarray(cache.underflowed), strict=True)
+    counts = [{"saturated": s.tolist(), "underflowed": u.tolist()} for s, u in lost]
+    write_kv_scale_file(path, scales, config, counts)
     return dtype
 
 
-def kv_stats_lines(cache: QuantizedKVCache) -> list[str]:
-    """Table to print: per layer, values that were clipped or not finite, and largest magnitudes."""
-    saturated, largest = np.asarray(cache.saturated), np.asarray(cache.absmax).max(axis=2)
+def kv_stats_lines(cache: QuantizedKVCache, tokens: int) -> list[str]:
+    """Table to print: what each layer lost, and its largest magnitudes.
+
+    Args:
+      cache: The cache after a run.
+      tokens: Tokens that were written into it.
+    """
+    largest = np.asarray(cache.absmax).max(axis=2)
+    lost = zip(np.asarray(cache.saturated), np.asarray(cache.underflowed), strict=True)
     width = max(len(f.name) for f in cache.formats)
+    elements = tokens * cache.num_kv_heads * cache.head_dim
     lines = [
-        "KV cache, per layer: values that were clipped or not finite, largest finite magnitudes",
-        f"layer  {'format':<{width}}  {'K saturated':>13}  {'V saturated':>13}  "
-        f"{'K largest':>10}  {'V largest':>10}",
+        f"KV cache, per layer, of {elements:,} keys (K) and as many values (V): clipped or not "
+        "finite,",
+        "rounded to 0, and the largest finite magnitudes",
+        f"layer  {'format':<{width}}  {'K clipped':>13}  {'V clipped':>13}  {'K to 0':>9}  "
+        f"{'V to 0':>9}  {'K largest':>10}  {'V largest':>10}",
     ]
-    for layer, (fmt, counts, tops) in enumerate(
-        zip(cache.formats, saturated, largest, strict=True)
+    for layer, (fmt, (clipped, zeroed), tops) in enumerate(
+        zip(cache.formats, lost, largest, strict=True)
     ):
-        cells = [_count(int(n)) for n in counts]
-        lines.append(
-            f"{layer:>5}  {fmt.name:<{width}}  {cells[0]:>13}  {cells[1]:>13}  "
-            f"{tops[0]:>10.4g}  {tops[1]:>10.4g}"
-        )
+        cells = [f"{_count(int(n)):>13}" for n in clipped]
+        cells += [f"{_share(int(n), elements):>9}" for n in zeroed]
+        cells += [f"{top:>10.4g}" for top in tops]
+        lines.append(f"{layer:>5}  {fmt.name:<{width}}  " + "  ".join(cells))
     return lines
+
+
+def _share(n: int, elements: int) -> str:
+    """Per cent: values near 0 are lost all the time, what matters is how many."""
+    sign = ">=" if n == _INT32_MAX else ""
+    return f"{sign}{n / max(elements, 1):.3%}"
 
 
 def _count(n: int) -> str:
