@@ -215,12 +215,16 @@ def config_unsupported_reason(config: Config, p: Problem) -> str | None:
     features = WARPGROUPS * config.rows if config.swap else config.columns
     if features > p.n:
         return f"n={p.n} is less than the tile's {features} features"
+    if p.kind == "int8" and config.columns > 24 and config.columns % 16:
+        return f"columns={config.columns}; int8 products have 8, 24 or a multiple of 16"
     if p.blocks and not config.promote:
         return "block scales need promote=True"
     if config.promote and p.kind == "int8":
         return "promote is for fp8; int8 sums are exact"
     if p.blocks and features % 128:
         return f"block scales need tiles of whole blocks, not {features} features"
+    if p.blocks and config.swap and config.rows * config.columns // 64 + config.columns // 4 > 200:
+        return f"too many registers for sums and scales of {config.rows} x {config.columns}"
     size = smem_bytes(config, p)
     if size > SHARED_MEMORY_BYTES:
         return f"{size} bytes of shared memory; a CTA has {SHARED_MEMORY_BYTES}"
@@ -278,17 +282,19 @@ def _candidates(p: Problem) -> list[Config]:
     tokens = -(-p.m // 8) * 8
     promote = p.blocks
     for swap, rows in itertools.product((False, True), (64, 128)):
-        if swap:
+        widest = min(256, (80 if promote else 192) * 128 // rows)
+        if swap and tokens <= 1024:
             # All tokens at once, or in as few equal tiles as there must be.
-            widest = min(256, (96 if promote else 192) * 128 // rows)
             parts = -(-tokens // widest)
-            wide = [-(-tokens // parts // 8) * 8]
-            if tokens > 1024:
-                continue
-        else:
-            if tokens <= 64:
-                continue
+            unit = 8 if tokens <= 24 else 16
+            wide: tuple[int, ...] = (-(-tokens // parts // unit) * unit,)
+        elif swap:
+            # 160 tokens are the most whose scales fit into registers beside promoted sums.
+            wide = (128, 144, 160) if promote and rows == 64 else ()
+        elif tokens > 64:
             wide = (64, 128, 192) if promote else (64, 96, 112, 128, 160, 176, 192, 256)
+        else:
+            wide = ()
         for columns, splits in itertools.product(wide, (1, 2, 3, 4, 6, 7, 8, 12, 16)):
             # Splits only help where there are fewer tiles than multiprocessors.
             if splits > 1 and (p.m > 512 or p.steps // splits < 4):
@@ -318,7 +324,8 @@ def heuristic_config(p: Problem) -> Config:
 def search_space(p: Problem) -> list[Config]:
     """Configs worth timing for a problem, for an autotuner: the model's best first."""
     found = sorted(_candidates(p), key=lambda config: estimate_seconds(config, p))
-    return found[:48]
+    others = [dataclasses.replace(config, raster=r) for config in found[:2] for r in (4, 16)]
+    return found[:4] + others + found[4:40]
 
 
 def matmul(

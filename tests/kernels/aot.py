@@ -16,6 +16,7 @@ import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 # An H200, as XLA describes it.
@@ -73,17 +74,25 @@ def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
     }
     if p.group_size is not None:
         dims = (p.k // p.group_size, 2 if p.zero_point else 1, p.n)
-        arguments["scales"] = shape(dims, compute)
-        arguments["row_scale"] = shape((p.m,), jnp.float32)
+        arguments["scales"] = shape(dims, _codes.stored_dtype(p.compute))
+        if p.compute == "float16":
+            arguments["row_scale"] = shape((p.m,), jnp.float32)
 
     def product(arguments: dict[str, Any]) -> Any:
         out_dtype = jnp.float32 if p.out_itemsize == 4 else jnp.bfloat16
         return weight_only.matmul(**arguments, kind=p.kind, config=config, out_dtype=out_dtype)
 
+    return compile_program(product, arguments)
+
+
+def compile_program(program: Callable[..., Any], *arguments: Any) -> Report:
+    """Lower and compile a function of arrays that holds one kernel."""
+    import jax
+
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         try:
-            traced = jax.jit(product).trace(arguments)
+            traced = jax.jit(program).trace(*arguments)
             traced.lower(lowering_platforms=("cuda",)).compile()
         except Exception as error:  # any failure is a finding, and the other problems go on
             return Report(None, 0, [], f"{type(error).__name__}: {str(error)[:2000]}")
@@ -96,20 +105,25 @@ def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
     return Report(max(map(int, registers)), sum(map(int, spilled)), warnings, None)
 
 
-def main() -> None:
-    """Read a JSON list of (problem, config) from standard input; write a report for each."""
+def target_sharding() -> Any:
+    """Where the arguments of a program for the target lie. To be called before jax starts."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     os.environ["JAX_PLATFORMS"] = ""
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from qjax.pallas_kernels.weight_only import Config, Problem
-
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET
     )
-    sharding = SingleDeviceSharding(topology.devices[0])
+    return SingleDeviceSharding(topology.devices[0])
+
+
+def main() -> None:
+    """Read a JSON list of (problem, config) from standard input; write a report for each."""
+    sharding = target_sharding()
+    from qjax.pallas_kernels.weight_only import Config, Problem
+
     for problem, config in json.load(sys.stdin):
         report = compile_problem(Problem(**problem), Config(**config), sharding)
         print(json.dumps(dataclasses.asdict(report)), flush=True)
