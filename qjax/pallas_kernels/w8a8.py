@@ -375,12 +375,12 @@ def matmul(
     # Imported on first use: see weight_only.
     from qjax.pallas_kernels import _w8a8_body
 
-    # A box of TMA may reach over an edge but not be larger than the matrix; its scales have at
-    # least 32 numbers, and rows of whole 16 bytes.
+    # A box of TMA may reach over an edge but not be larger than the matrix, which has whole tiles
+    # of 8 rows. That of the scales has at least 32 numbers.
     tokens = config.columns if config.swap else WARPGROUPS * config.rows
-    rows = max(m, tokens)
+    rows = -(-max(m, tokens) // 8) * 8
     x = jnp.pad(x, ((0, rows - m), (0, 0)))
-    scales = -(-max(rows, 32) // 4) * 4
+    scales = max(rows, 32)
     x_scale = jnp.pad(x_scale, (*((0, 0),) * (x_scale.ndim - 1), (0, scales - m)))
     if problem.blocks:
         w_scale = jnp.pad(w_scale, ((0, 0), (0, padded_steps(k) - k // BLOCK_K)))
