@@ -9,11 +9,15 @@ Two forms, chosen by shape. Decode (one token for every slot) is *page-major*: e
 partial softmax with the query of the sequence that owns it, and only the partial results are
 gathered by the page table, so keys and values are read once and never copied. Everything else
 gathers the pages of each sequence in chunks with an online softmax.
+
+On Hopper GPUs decode has a kernel (``pallas_kernels.paged_decode``) that reads the narrow values;
+what follows here is its specification, and runs everywhere.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -23,10 +27,13 @@ import jax.numpy as jnp
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat
 from qjax.ops._dispatch import choose_backend
+from qjax.ops._paged import decode_by_kernel, paged_attention_unsupported_reason
 from qjax.ops.key_bias import KeyBias
 from qjax.ops.kv import decode_codes
 from qjax.typing import Array, DType
 
+# Whether the decode kernel runs without being asked for, where it can.
+_KERNEL_BY_DEFAULT = False
 # Keys per step of the gathering form: bounds its logits at [b, q_heads, t, 512] float32.
 _CHUNK_TOKENS = 512
 # Beyond any position.
@@ -43,6 +50,7 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
     key_bias: KeyBias | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -63,16 +71,19 @@ def paged_attention(
       scale: Multiplier of the logits, usually ``head_dim ** -0.5``.
       window: Sliding window: only the last ``window`` positions, the query's own included, are
         seen. None for full attention.
+      soft_cap: Logits become ``soft_cap * tanh(logits / soft_cap)``; None for plain ones.
       key_bias: What the stored keys lack, in layers whose format has ``without_key_bias``.
-      backend: ``"xla"``, or None for the fastest supported one.
+      backend: ``"mosaic_gpu"`` (one new token per row, on Hopper), ``"xla"``, or None for the
+        fastest supported one; see ``ops._paged.paged_attention_unsupported_reason``.
 
     Returns:
       ``[b, t, q_heads, head_dim]`` in ``q.dtype``. Padding, and sequences of length 0, give zeros.
 
     Raises:
-      ValueError: If shapes disagree, ``q_heads`` is not a multiple of the KV heads, the window is
-        not positive, ``key_bias`` and the layer's format disagree, or the backend is unknown.
-      NotImplementedError: If ``backend="mosaic_gpu"``.
+      ValueError: If shapes disagree, ``q_heads`` is not a multiple of the KV heads, the window or
+        the soft cap is not positive, ``key_bias`` and the layer's format disagree, or the backend
+        is unknown.
+      NotImplementedError: If ``backend="mosaic_gpu"`` and the kernel cannot run; says why.
 
     References:
       FlashDecoding for the split into partial softmaxes; KIVI (arXiv:2402.02750).
@@ -83,18 +94,28 @@ def paged_attention(
             f"layer {layer} has the KV format {cache.formats[layer]} and {key_bias=}: a key bias "
             "must be given where, and only where, keys are stored without it"
         )
-    choose_backend("paged_attention", backend, "there is no kernel for it, use backend='xla'")
+    _check_soft_cap(soft_cap)
+    reason = paged_attention_unsupported_reason(q, cache, layer)
+    if backend is None and not _KERNEL_BY_DEFAULT:
+        backend = "xla"
+    backend = choose_backend("paged_attention", backend, reason)
     b, t, q_heads, head_dim = q.shape
     queries = q.reshape(b, t, cache.num_kv_heads, q_heads // cache.num_kv_heads, head_dim)
     usable = (slots >= 0) & (slots < cache.max_seqs)
     lengths = jnp.where(usable, lengths, 0)
+    if backend == "mosaic_gpu":
+        out = decode_by_kernel(
+            queries[:, 0], cache, layer, positions, slots, lengths, scale, window, soft_cap
+        )
+        return out.reshape(q.shape)
     # The partial results of the page-major form take one row per table entry, which must not be
     # much more than one per page.
     entries = cache.max_seqs * cache.pages_per_seq
     if t == 1 and b == cache.max_seqs and entries <= 4 * cache.num_pages:
-        out = _decode(queries, cache, layer, positions, slots, lengths, scale, window, key_bias)
+        form = _decode
     else:
-        out = _prefill(queries, cache, layer, positions, slots, lengths, scale, window, key_bias)
+        form = _prefill
+    out = form(queries, cache, layer, positions, slots, lengths, scale, window, key_bias, soft_cap)
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -126,6 +147,17 @@ def _check_paged(
 def _check_window(window: int | None) -> None:
     if window is not None and window < 1:
         raise ValueError(f"{window=} must be at least 1, or None for full attention")
+
+
+def _check_soft_cap(soft_cap: float | None) -> None:
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"{soft_cap=} must be positive and finite, or None for plain logits")
+
+
+def _soft_capped(logits: Array, soft_cap: float | None) -> Array:
+    if soft_cap is None:
+        return logits
+    return jnp.float32(soft_cap) * jnp.tanh(logits * jnp.float32(1 / soft_cap))
 
 
 def _compute_dtype(q_dtype: DType, fmt: KVFormat) -> DType:
@@ -169,6 +201,7 @@ def _decode(
     scale: float,
     window: int | None,
     key_bias: KeyBias | None,
+    soft_cap: float | None,
 ) -> Array:
     """Page-major form. ``q`` is ``[b, 1, kv_heads, ratio, head_dim]``; float32 result alike."""
     fmt, page_size = cache.formats[layer], cache.page_size
@@ -200,6 +233,7 @@ def _decode(
             at_offsets = key_bias.table(page_size)
             known = key_bias.logits(q[owner, 0], number * page_size, at_offsets)
             logits = logits + known * jnp.float32(scale)
+        logits = _soft_capped(logits, soft_cap)
     logits = jnp.where(seen, logits, -jnp.inf)
     m = jnp.max(logits, axis=-1)
     p = jnp.exp(logits - _finite(m)[..., None])
@@ -228,6 +262,7 @@ def _prefill(
     scale: float,
     window: int | None,
     key_bias: KeyBias | None,
+    soft_cap: float | None,
 ) -> Array:
     """Gathering form. ``q`` is ``[b, t, kv_heads, ratio, head_dim]``; float32 result alike."""
     fmt, page_size = cache.formats[layer], cache.page_size
@@ -265,6 +300,7 @@ def _prefill(
                 start = jnp.asarray(index * chunk, jnp.int32)[None]
                 known = key_bias.logits(query, start, bias_table)
                 logits = logits + known * jnp.float32(scale)
+            logits = _soft_capped(logits, soft_cap)
         logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
         new_m = jnp.maximum(m, jnp.max(logits, axis=-1))
         shift = _finite(new_m)

@@ -1,0 +1,107 @@
+"""The decode kernel's side of ``paged_attention``: what it takes, and how it is called."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
+from qjax._device import mosaic_gpu_unsupported_reason
+from qjax.kv_cache import QuantizedKVCache
+from qjax.pallas_kernels import paged_decode
+from qjax.typing import Array
+
+
+def paged_attention_unsupported_reason(
+    q: Array, cache: QuantizedKVCache, layer: int, *, interpret: bool = False
+) -> str | None:
+    """Why the decode kernel cannot compute ``paged_attention`` of these arguments; None if it can.
+
+    Args:
+      q: Queries ``[b, t, q_heads, head_dim]``.
+      cache: The cache.
+      layer: Layer index.
+      interpret: For the Pallas interpreter, which needs no GPU.
+    """
+    if q.shape[1] != 1:
+        return f"t={q.shape[1]} new tokens per row; the kernel is for one"
+    if cache.formats[layer].without_key_bias:
+        return "keys stored without their bias; the kernel has no term for it"
+    reason = paged_decode.unsupported_reason(decode_problem(q, cache, layer))
+    if reason is not None:
+        return reason
+    if not interpret:
+        return mosaic_gpu_unsupported_reason()
+    if JAX_VERSION < MOSAIC_GPU_MIN_JAX:
+        return f"jax {jax.__version__} is older than {'.'.join(map(str, MOSAIC_GPU_MIN_JAX))}"
+    return None
+
+
+def decode_problem(q: Array, cache: QuantizedKVCache, layer: int) -> paged_decode.Problem:
+    """One decode step in the kernel's terms, for its configs; arguments as ``paged_attention``."""
+    fmt = cache.formats[layer]
+    return paged_decode.Problem(
+        batch=q.shape[0],
+        kv_heads=cache.num_kv_heads,
+        ratio=q.shape[2] // cache.num_kv_heads,
+        head_dim=cache.head_dim,
+        page_size=cache.page_size,
+        pages_per_seq=cache.pages_per_seq,
+        kind=fmt.dtype,
+        query=jnp.dtype(q.dtype).name,
+        token_scales=fmt.stores_scales,
+    )
+
+
+def decode_by_kernel(
+    q: Array,
+    cache: QuantizedKVCache,
+    layer: int,
+    positions: Array,
+    slots: Array,
+    lengths: Array,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None = None,
+    *,
+    config: paged_decode.Config | None = None,
+    interpret: bool = False,
+) -> Array:
+    """``paged_attention`` of one token per row by the kernel.
+
+    Args:
+      q: ``[b, kv_heads, ratio, head_dim]``.
+      cache: As for ``paged_attention``, like the following.
+      layer: Layer index.
+      positions: int32 ``[b, 1]``.
+      slots: int32 ``[b]``.
+      lengths: int32 ``[b]``, 0 for slots that do not exist.
+      scale: Multiplier of the logits.
+      window: Sliding window or None.
+      soft_cap: Soft cap or None.
+      config: How the kernel cuts up the work; its heuristic by default.
+      interpret: Run in the Pallas interpreter.
+
+    Returns:
+      Like ``q``.
+    """
+    position = positions[:, 0]
+    stop = jnp.where((position >= 0) & (position < lengths), position + 1, 0)
+    start = jnp.zeros_like(stop)
+    if window is not None:
+        start = jnp.maximum(stop - window, 0)
+    return paged_decode.decode(
+        q,
+        cache.keys[layer],
+        cache.values[layer],
+        cache.key_scales[layer],
+        cache.value_scales[layer],
+        jnp.take(cache.page_table, slots, axis=0, mode="clip"),
+        start,
+        stop,
+        kind=cache.formats[layer].dtype,
+        scale=scale,
+        soft_cap=soft_cap,
+        config=config,
+        interpret=interpret,
+    )

@@ -1,0 +1,163 @@
+"""The body of ``paged_decode``: copies, barriers and loop. See there for the picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+from qjax.pallas_kernels._paged_emit import Emitted
+from qjax.pallas_kernels._paged_sizes import Tile
+from qjax.pallas_kernels._paged_twin import Twin
+from qjax.typing import Array
+
+# Its names and signatures differ between the versions of jax that qjax is type-checked with.
+plgpu: Any = mosaic_gpu
+
+_I32 = jnp.int32
+
+
+def call(
+    tile: Tile,
+    queries: Array,
+    factors: Array,
+    spans: Array,
+    table: Array,
+    keys: Array,
+    values: Array,
+    key_scales: Array | None,
+    value_scales: Array | None,
+    head_scales: Array | None,
+    *,
+    splits: int,
+    out_dtype: Any,
+    with_lse: bool,
+    interpret: bool,
+) -> tuple[Array, Array | None]:
+    """Run the kernel; arguments as ``paged_decode.decode`` prepares them.
+
+    Args:
+      tile: Sizes and types.
+      queries: ``[b, kv_heads, 8 * columns, head_dim]`` in the compute type, arranged.
+      factors: float32 ``[b, kv_heads, 8 * columns]``.
+      spans: int32 ``[b, 2]``: first visible position and the one behind the last.
+      table: int32 ``[b, pages_per_seq]``.
+      keys: The pages.
+      values: Likewise.
+      key_scales: float32 ``[num_pages, kv_heads, page_size]``, or None.
+      value_scales: Likewise.
+      head_scales: float32 ``[kv_heads]``, multiplies the result, or None.
+      splits: Blocks that share a sequence and KV head.
+      out_dtype: Result type.
+      with_lse: Whether to return the second result.
+      interpret: Run in the Pallas interpreter.
+
+    Returns:
+      ``[splits, b, kv_heads, ratio, head_dim]`` and float32 ``[splits, b, kv_heads, ratio]``, log2
+      of the sums of exponentials, or None.
+    """
+    b, heads = queries.shape[:2]
+    page, per_seq = keys.shape[2], table.shape[1]
+    tokens, stages = tile.tokens, tile.stages
+    pages = max(1, tokens // page)  # per tile
+    rows = (splits, b, heads, tile.ratio)
+    out_types = [jax.ShapeDtypeStruct((*rows, tile.head_dim), out_dtype)]
+    if with_lse:
+        out_types.append(jax.ShapeDtypeStruct(rows, jnp.float32))
+    operands = {
+        "queries": queries,
+        "factors": factors,
+        "spans": spans,
+        "table": table,
+        "keys": keys,
+        "values": values,
+        "key_scales": key_scales,
+        "value_scales": value_scales,
+        "head_scales": head_scales,
+    }
+    operands = {name: value for name, value in operands.items() if value is not None}
+    names = (*operands, "out", "lse") if with_lse else (*operands, "out")
+    copied = [n for n in ("keys", "values", "key_scales", "value_scales") if n in operands]
+    transforms = _transforms(tile, keys.dtype)
+    make = Twin if interpret else Emitted
+
+    def kernel(*refs: Any, ready: Any, merge: Any, **buffers: Any) -> None:
+        gmem = dict(zip(names, refs, strict=True))
+        head, split, row = (lax.axis_index(name) for name in ("head", "split", "row"))
+        start, stop = gmem["spans"][row, 0], gmem["spans"][row, 1]
+        begin, end = lax.div(start, _I32(tokens)), lax.div(stop + (tokens - 1), _I32(tokens))
+        share = lax.div(end - begin + (splits - 1), _I32(splits))
+        begin = begin + split * share
+        end = jnp.minimum(begin + share, end)
+
+        def pages_of(index: Array) -> tuple[Array, ...]:
+            first = lax.div(index * tokens, _I32(page))
+            return tuple(
+                gmem["table"][row, jnp.clip(first + i, 0, per_seq - 1)] for i in range(pages)
+            )
+
+        def fetch(index: Array, numbers: tuple[Array, ...]) -> None:
+            slot = lax.rem(index - begin, _I32(stages))
+            for i, number in enumerate(numbers):
+                for name in copied:
+                    source = gmem[name].at[number, head]
+                    target = buffers[name].at[slot]
+                    if pages > 1:
+                        target = target.at[pl.ds(i * page, page)]
+                    elif page > tokens:
+                        source = source.at[pl.ds(lax.rem(index * tokens, _I32(page)), tokens)]
+                    plgpu.copy_gmem_to_smem(source, target, ready.at[slot])
+
+        for i in range(stages):
+            index = begin + i
+            pl.when(index < end)(lambda index=index: fetch(index, pages_of(index)))
+
+        work = make(tile, gmem, buffers, merge, transforms)
+        constants, state = work.start(row, head)
+
+        def body(index: Array, carry: Any) -> Any:
+            state, numbers = carry
+            slot = lax.rem(index - begin, _I32(stages))
+            plgpu.barrier_wait(ready.at[slot])
+            state = work.step(state, constants, slot, index * tokens, start, stop)
+            # All warps are done with the slot: the next tile may be copied there. Its page numbers
+            # were read one tile ago, and those of the one after it are read now.
+            following = index + stages
+            pl.when(following < end)(lambda: fetch(following, numbers))
+            return state, pages_of(following + 1)
+
+        state, _ = lax.fori_loop(begin, end, body, (state, pages_of(begin + stages)))
+        work.finish(state, split, row, head)
+
+    scratch: dict[str, Any] = {
+        name: plgpu.SMEM((stages, tokens, keys.shape[3]), keys.dtype, transforms=transforms)
+        for name in ("keys", "values")
+    }
+    scratch |= {name: plgpu.SMEM((stages, tokens), jnp.float32) for name in copied[2:]}
+    scratch["merge"] = plgpu.SMEM((64 * tile.columns,), jnp.float32)
+    scratch["ready"] = plgpu.Barrier(num_arrivals=len(copied) * pages, num_barriers=stages)
+    result = plgpu.kernel(
+        kernel,
+        out_type=out_types,
+        scratch_types=scratch,
+        grid=(heads, splits, b),
+        grid_names=("head", "split", "row"),
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+        kernel_name=f"paged_decode_{tile.kind}",
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(*operands.values())
+    return (result[0], result[1]) if with_lse else (result[0], None)
+
+
+def _transforms(tile: Tile, dtype: Any) -> tuple[Any, ...]:
+    if tile.swizzle is None:
+        return ()
+    columns = tile.swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(tile.swizzle)
