@@ -27,6 +27,7 @@ import numpy as np
 from qjax._device import compiler_options, device_info
 from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
 from qjax.formats import FORMATS, QuantFormat, parse_format
+from qjax.ops import packed_w8a8
 from qjax.ops.dot import quantized_dot
 from qjax.ops.packed import (
     pack_for_mosaic,
@@ -35,7 +36,7 @@ from qjax.ops.packed import (
     packed_problem,
     packed_unsupported_reason,
 )
-from qjax.pallas_kernels import weight_only
+from qjax.pallas_kernels import w8a8, weight_only
 from qjax.quantize import quantize, quantized_nbytes
 
 SHAPES: dict[str, tuple[int, int]] = {
@@ -66,6 +67,8 @@ examples
   python scripts/bench_matmul.py --shapes 128x64 --rows 1 --formats bf16,int8    (on any machine)
 
 columns
+  us       all kernels of the product; in brackets the longest alone, without the quantization of
+           activations and the sums of splits that belong to it
   TB/s     bytes of weights with their scales, activations and result over the time
   floor    the larger of bytes over memory rate and operations over matrix rate (data sheet), over
            the time
@@ -89,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rows", default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192", help="(%(default)s)")
     add("--backends", default=",".join(BACKENDS), help="(%(default)s); bf16 has xla only")
     add("--search", type=int, default=0, metavar="N", help="also time N configs of the kernel")
+    add("--every", action="store_true", help="report every config, not only the fastest")
     add("--rotate-mb", type=float, default=320.0, help="weights to rotate over (%(default)s)")
     add("--launches", type=int, default=24, help="launches per measurement (%(default)s)")
     add("--time-limit", type=float, default=300.0, help="seconds per process (%(default)s)")
@@ -112,6 +116,7 @@ class Row:
     jax: str = jax.__version__
     timing: str | None = None
     us: float | None = None
+    longest_us: float | None = None
     spread: float | None = None
     tb_per_s: float | None = None
     tflop_per_s: float | None = None
@@ -137,11 +142,13 @@ def shape_of(name: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def device_seconds(calls: Sequence[Callable[[], Any]], launches: int) -> tuple[list[float], str]:
-    """Time of each launch, cycling through the calls; kernel durations where they can be had.
+def device_seconds(
+    calls: Sequence[Callable[[], Any]], launches: int
+) -> tuple[list[list[float]], str]:
+    """Times of each launch, cycling through the calls: of its kernels, where they can be had.
 
     Returns:
-      ``(seconds, "cupti" or "wall")``.
+      ``(seconds, "cupti" or "wall")``, a list of kernel durations per launch.
     """
     jax.block_until_ready([call() for call in calls])
     if jax.devices()[0].platform != "gpu":
@@ -149,7 +156,7 @@ def device_seconds(calls: Sequence[Callable[[], Any]], launches: int) -> tuple[l
         for i in range(launches):
             begin = time.perf_counter()
             jax.block_until_ready(calls[i % len(calls)]())
-            seconds.append(time.perf_counter() - begin)
+            seconds.append([time.perf_counter() - begin])
         return seconds, "wall"
     # Through the profiler's own module: its public `measure` cannot change operands between calls.
     profiler: Any = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
@@ -163,8 +170,8 @@ def device_seconds(calls: Sequence[Callable[[], Any]], launches: int) -> tuple[l
     count, rest = divmod(len(kernels), launches)
     if not count or rest:
         raise RuntimeError(f"{len(kernels)} kernels in {launches} launches: not the same in each")
-    times = [ms for _, ms in kernels]
-    return [sum(times[i * count : (i + 1) * count]) * 1e-3 for i in range(launches)], "cupti"
+    times = [ms * 1e-3 for _, ms in kernels]
+    return [times[i * count : (i + 1) * count] for i in range(launches)], "cupti"
 
 
 def relative_error(out: jax.Array, x: jax.Array, w: Any, fmt: QuantFormat | None) -> float:
@@ -198,24 +205,34 @@ def measure(args: argparse.Namespace, row: Row, weights: Sequence[Any]) -> list[
     """Check and time one number of rows; ``weights`` are equal copies.
 
     Returns:
-      The fastest config, and every one that failed.
+      The fastest config (with ``--every`` all that ran), and every one that failed.
     """
     x = jax.random.normal(jax.random.key(row.m), (row.m, row.k), jnp.float32).astype(jnp.bfloat16)
-    configs: list[tuple[weight_only.Config | None, str]] = [(None, row.backend)]
+    configs: list[tuple[Any, str]] = [(None, row.backend)]
     if row.backend == "mosaic_gpu":
         reason = packed_unsupported_reason(x, weights[0])
         if reason is not None:
             return [dataclasses.replace(row, skipped=reason)]
-        problem = packed_problem(x, weights[0])
-        configs = [(weight_only.heuristic_config(problem), "heuristic")]
-        others = weight_only.search_space(problem)
-        # Evenly over the space, whose neighbours are alike.
-        step = max(1, len(others) // max(1, args.search))
-        configs += [(other, "search") for other in others[::step][: args.search]]
+        configs = kernel_configs(x, weights[0], args.search)
     found = [time_one(args, row, x, weights, config, source) for config, source in configs]
     timed = [row for row in found if row.us is not None]
-    best = [min(timed, key=lambda row: row.us or 0.0)] if timed else []
+    best = timed if args.every else [min(timed, key=lambda row: row.us or 0.0)] if timed else []
     return best + [row for row in found if row.error is not None]
+
+
+def kernel_configs(x: jax.Array, w: Any, search: int) -> list[tuple[Any, str]]:
+    """The heuristic's config and ``search`` others, each with where it comes from."""
+    if isinstance(w, packed_w8a8.PackedW8A8):
+        problem = packed_w8a8.problem(x, w)
+        best = w8a8.heuristic_config(problem)
+        others = [config for config in w8a8.search_space(problem) if config != best][:search]
+    else:
+        problem = packed_problem(x, w)
+        best = weight_only.heuristic_config(problem)
+        others = weight_only.search_space(problem)
+        # Evenly over the space, whose neighbours are alike.
+        others = others[:: max(1, len(others) // max(1, search))][:search]
+    return [(best, "heuristic"), *((other, "search") for other in others)]
 
 
 def time_one(
@@ -223,7 +240,7 @@ def time_one(
     row: Row,
     x: jax.Array,
     weights: Sequence[Any],
-    config: weight_only.Config | None,
+    config: Any,
     source: str,
 ) -> Row:
     """Check and time one config; a row with the error if that fails."""
@@ -241,7 +258,7 @@ def _time_one(
     row: Row,
     x: jax.Array,
     weights: Sequence[Any],
-    config: weight_only.Config | None,
+    config: Any,
 ) -> Row:
     fmt = parse_format(row.format)
 
@@ -257,9 +274,10 @@ def _time_one(
     row = dataclasses.replace(row, relative_error=error)
     if not error < MAX_ERROR:
         return dataclasses.replace(row, error=f"wrong: relative error {error:.2e}, not timed")
-    seconds, timing = device_seconds(
+    kernels, timing = device_seconds(
         [lambda w=w: compiled(x, w) for w in weights], max(args.launches, len(weights))
     )
+    seconds = [sum(times) for times in kernels]
     median = statistics.median(seconds)
     weight_bytes = quantized_nbytes(weights[0])
     floor = floor_seconds(row, fmt, weight_bytes)
@@ -268,6 +286,7 @@ def _time_one(
         device=device_info().kind,
         timing=timing,
         us=median * 1e6,
+        longest_us=statistics.median(map(max, kernels)) * 1e6,
         spread=(max(seconds) - min(seconds)) / median,
         tb_per_s=(weight_bytes + 2 * row.m * (row.k + row.n)) / median / 1e12,
         tflop_per_s=2 * row.m * row.k * row.n / median / 1e12,
@@ -336,8 +355,10 @@ def table(rows: Sequence[Row]) -> list[str]:
             continue
         floor = "-" if row.floor_us is None else f"{row.floor_us / row.us:.1%}"
         ratio = f"{ratios[row]:.2f}" if row in ratios else "-"
+        longest = row.longest_us
+        parts = "" if longest is None or longest > 0.999 * row.us else f" ({longest:.2f})"
         lines.append(
-            f"{head} {row.us:.2f} | {row.tb_per_s:.3f} | {row.tflop_per_s:.1f} | {floor} | "
+            f"{head} {row.us:.2f}{parts} | {row.tb_per_s:.3f} | {row.tflop_per_s:.1f} | {floor} | "
             f"{ratio} | {row.relative_error:.1e} | {row.config_source} |"
         )
     return lines
@@ -355,14 +376,14 @@ def plot(rows: Sequence[Row], path: str) -> None:
     )
     for axis, shape in zip(axes[0], shapes, strict=True):
         for name, backend in dict.fromkeys((row.format, row.backend) for row in rows):
-            points = [
-                (row.m, ratio)
-                for row, ratio in ratios.items()
-                if (row.shape, row.format, row.backend) == (shape, name, backend)
-            ]
+            points: dict[int, float] = {}
+            for row, ratio in ratios.items():
+                if (row.shape, row.format, row.backend) == (shape, name, backend):
+                    points[row.m] = max(ratio, points.get(row.m, 0.0))
             if points:
                 style = "-" if backend == "mosaic_gpu" else "--"
-                axis.plot(*zip(*sorted(points), strict=True), style, label=f"{name} {backend}")
+                line = zip(*sorted(points.items()), strict=True)
+                axis.plot(*line, style, label=f"{name} {backend}")
         axis.set(title=f"{shape} {shape_of(shape)}", xlabel="rows", xscale="log")
         axis.axhline(1.0, color="black", linewidth=0.5)
     axes[0][0].set_ylabel("speed-up over bf16 on XLA")

@@ -33,8 +33,12 @@ def test_rows_of_a_tiny_problem(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(jax.devices()[0].platform == "gpu", reason="on a GPU the kernel would run")
 def test_what_has_no_kernel_is_skipped_with_its_reason(capsys):
-    for name, reason in (("int4", "NVIDIA Hopper GPU"), ("w8a8_fp8", "fmt.replace(activation")):
-        flags = ["--shapes", "128x64", "--rows", "1", "--formats", name]
+    for shape, name, reason in (
+        ("128x64", "int4", "NVIDIA Hopper GPU"),
+        ("128x64", "w8a8_fp8", "NVIDIA Hopper GPU"),
+        ("128x48", "w8a8_int8", "must be multiples of (128, 64)"),
+    ):
+        flags = ["--shapes", shape, "--rows", "1", "--formats", name]
         args = bench_matmul.build_parser().parse_args([*flags, "--backends", "mosaic_gpu"])
         bench_matmul.work(args)
         (line,) = capsys.readouterr().out.splitlines()
