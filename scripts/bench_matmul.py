@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -176,17 +177,17 @@ def device_seconds(
 
 def relative_error(out: jax.Array, x: jax.Array, w: Any, fmt: QuantFormat | None) -> float:
     """``|out - ref| / |ref|`` for the float32 product of the quantized operands."""
+    return float(_relative_error(out, x, w, fmt))
 
-    @jax.jit
-    def error(out: jax.Array, x: jax.Array, w: Any) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        if fmt is not None and fmt.activation is not None:
-            wide = quantize(wide, fmt.activation, axis=-1).dequantize(jnp.float32)
-        weight = w.astype(jnp.float32) if fmt is None else w.dequantize(jnp.float32)
-        reference = jnp.dot(wide, weight, precision=jax.lax.Precision.HIGHEST)
-        return jnp.linalg.norm(out.astype(jnp.float32) - reference) / jnp.linalg.norm(reference)
 
-    return float(error(out, x, w))
+@functools.partial(jax.jit, static_argnums=3)  # here, so that it is compiled once for all configs
+def _relative_error(out: jax.Array, x: jax.Array, w: Any, fmt: QuantFormat | None) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    if fmt is not None and fmt.activation is not None:
+        wide = quantize(wide, fmt.activation, axis=-1).dequantize(jnp.float32)
+    weight = w.astype(jnp.float32) if fmt is None else w.dequantize(jnp.float32)
+    reference = jnp.dot(wide, weight, precision=jax.lax.Precision.HIGHEST)
+    return jnp.linalg.norm(out.astype(jnp.float32) - reference) / jnp.linalg.norm(reference)
 
 
 def floor_seconds(row: Row, fmt: QuantFormat | None, weight_bytes: int) -> float | None:

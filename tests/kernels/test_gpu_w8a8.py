@@ -104,7 +104,7 @@ def test_configs(name: str, rng: np.random.Generator) -> None:
         assert (out == run(x, packed)).all(), "results must not differ from run to run"
 
 
-@pytest.mark.parametrize("m", [1, 8, 17, 64, 65, 200, 1000])
+@pytest.mark.parametrize("m", [1, 17, 65, 300])
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_and_rows(name: str, m: int, rng: np.random.Generator) -> None:
     """With the configs that the heuristic chooses, and results of both sizes."""
