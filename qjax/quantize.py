@@ -37,7 +37,13 @@ def compute_scale(x: Array, fmt: QuantFormat, *, axis: int = -2) -> tuple[Array,
 
 
 def encode(
-    x: Array, scale: Array, zero_point: Array | None, fmt: QuantFormat, tiles: tuple[int, ...]
+    x: Array,
+    scale: Array,
+    zero_point: Array | None,
+    fmt: QuantFormat,
+    tiles: tuple[int, ...],
+    *,
+    dtype: DType | None = None,
 ) -> Array:
     """Nearest codes of ``x`` for given scales: ``clip(round(x / scale) + zero_point)``.
 
@@ -47,9 +53,10 @@ def encode(
       zero_point: int8 in the shape of ``scale``, or None.
       fmt: The format.
       tiles: Tile extents, one per axis of ``x``.
+      dtype: A wider type to leave the codes in; ``fmt.storage_dtype`` by default.
 
     Returns:
-      Codes of ``x.shape`` in ``fmt.storage_dtype``; never NaN or inf.
+      Codes of ``x.shape``; never NaN or inf.
     """
     wide = numerics.expand_tiles(scale.astype(jnp.float32), x.shape, tiles)
     ratio = x.astype(jnp.float32) / wide
@@ -58,7 +65,8 @@ def encode(
         # Rounded before the shift, as every published quantizer does; NaN must become the code of
         # zero, which here is the zero point.
         ratio = jnp.where(jnp.isnan(ratio), jnp.float32(0), jnp.rint(ratio)) + offset
-    return numerics.cast_saturating(ratio, fmt.storage_dtype, lower=fmt.qmin, upper=fmt.qmax)
+    dtype = fmt.storage_dtype if dtype is None else dtype
+    return numerics.cast_saturating(ratio, dtype, lower=fmt.qmin, upper=fmt.qmax)
 
 
 def quantize(

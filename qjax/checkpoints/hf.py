@@ -1,30 +1,35 @@
 """Load Hugging Face checkpoints tensor by tensor, quantizing each one as it arrives.
 
 Order of work: config, headers and tokenizer are read and checked first, so that every mistake in
-the files is found before a weight is touched. Then each tensor is mapped, transposed on its way to
-the device, quantized there, and its pages are released. Host memory stays at the result plus one
-tensor.
+the files is found before a weight is touched. Then each tensor is mapped, converted or quantized on
+its way to the device (``arrival``), and its pages are released. A few are on their way at once
+(``pipeline``), but never more than the largest tensor, or two of the others, together: that bounds
+what the host holds beside the result.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from qjax.checkpoints.arrival import Each, plain_parameter, quantized_parameter, stored_parameter
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.layout import Leaf, check_tensors, model_leaves
+from qjax.checkpoints.pipeline import Workers
 from qjax.checkpoints.quantized import find_reader
-from qjax.checkpoints.reader import KVScales, QuantizedReader
+from qjax.checkpoints.reader import GetTensor, KVScales, QuantizedReader
 from qjax.checkpoints.safetensors_io import SafetensorsCheckpoint, read_json
 from qjax.formats import QuantFormat
 from qjax.models.config import ModelConfig
@@ -153,15 +158,32 @@ def load_model(
     elif place is None:
         place = _keep
 
-    params: dict[tuple[str, ...], Any] = {}
-    for leaf in tqdm(leaves, desc=f"loading {folder.name}", disable=not progress, unit="tensor"):
+    workers = Workers()
+
+    def read(leaf: Leaf) -> Any:
+        touched: list[str] = []
+
+        def get(name: str) -> np.ndarray:
+            touched.append(name)
+            return checkpoint[name]
+
         fmt = formats.get(leaf.path)
-        value = _read_leaf(leaf, checkpoint, reader, fmt, compute_dtype)
-        # Readers return host arrays, some of them views of the file: copied to the device.
-        value = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), value)
-        # One tensor at a time: without waiting, jax would queue reads and keep all their inputs.
-        params[tuple(leaf.path.split("/"))] = jax.block_until_ready(place(leaf.path, value))
-        checkpoint.release()
+        value = _read_leaf(leaf, get, checkpoint, reader, fmt, compute_dtype, workers.each)
+        jax.block_until_ready(value)
+        checkpoint.release(touched)
+        return value
+
+    sizes = {leaf: _stored_bytes(leaf, checkpoint) for leaf in leaves}
+    params: dict[tuple[str, ...], Any] = {}
+    bar = tqdm(
+        total=len(leaves), desc=f"loading {folder.name}", disable=not progress, unit="tensor"
+    )
+    with bar, workers:
+        values = workers.in_order(leaves, read, sizes.__getitem__, _limit(sizes.values()))
+        for leaf, value in zip(leaves, values, strict=True):
+            # One at a time: without waiting, jax would queue them and keep all their inputs.
+            params[tuple(leaf.path.split("/"))] = jax.block_until_ready(place(leaf.path, value))
+            bar.update()
     scales = None
     if reader is not None:
         scales = reader.kv_scales(checkpoint.__getitem__, config.num_layers, config.num_kv_heads)
@@ -286,31 +308,43 @@ def _choose_formats(
     return match_rules(kernels, ordered)
 
 
+def _stored_bytes(leaf: Leaf, checkpoint: SafetensorsCheckpoint) -> int:
+    info = checkpoint.tensors.get(leaf.stored_name(checkpoint))
+    # At most two bytes for each code of a quantized layer, with what unpacking takes.
+    return 2 * math.prod(leaf.shape) if info is None else info.nbytes
+
+
+def _limit(sizes: Iterable[int]) -> int:
+    """Bytes of tensors that may be on their way at once: the largest, or two of the others.
+
+    Embedding and output layer are often far larger than all others.
+    """
+    ordered = sorted(sizes, reverse=True)
+    return max(ordered[0], 2 * ordered[min(2, len(ordered) - 1)])
+
+
 def _read_leaf(
     leaf: Leaf,
-    checkpoint: SafetensorsCheckpoint,
+    get: GetTensor,
+    names: Container[str],
     reader: QuantizedReader | None,
     fmt: QuantFormat | None,
     dtype: Any,
+    each: Each,
 ) -> Any:
+    """One parameter, on the default device."""
     if leaf.is_kernel and reader is not None and reader.is_quantized(leaf.layer):
         k, n = leaf.shape
-        value = reader.read(leaf.layer, checkpoint.__getitem__, (k, n), dtype)
+        value = reader.read(leaf.layer, get, (k, n), dtype)
         if value.shape != leaf.shape:
             raise CheckpointError(
                 f"{reader.name}: {leaf.layer} was read as {value.shape}, the model needs "
                 f"{leaf.shape}"
             )
-        return value
-    array = checkpoint[leaf.stored_name(checkpoint)]
-    if leaf.is_norm:
-        dtype = jnp.dtype(jnp.float32)
-    if leaf.is_kernel:
-        # Transposed on the way to the device: XLA's CPU backend is two to three times slower at it,
-        # alone or fused with what follows.
-        array = array.T
-        if fmt is not None:
-            # From the stored dtype, not from the compute dtype: one rounding fewer.
-            return quantize(jax.device_put(array), fmt, axis=-2, dtype=dtype)
-    # Copied: on CPU jax would otherwise keep a view of the mapped file.
-    return jnp.array(array, copy=True).astype(dtype)
+        return stored_parameter(value, each=each)
+    array = get(leaf.stored_name(names))
+    if fmt is not None:
+        # From the stored dtype, not from the compute dtype: one rounding fewer.
+        return quantized_parameter(array, fmt, dtype, each=each)
+    dtype = jnp.float32 if leaf.is_norm else dtype
+    return plain_parameter(array, dtype, transpose=leaf.is_kernel, each=each)

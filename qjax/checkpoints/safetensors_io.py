@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ class SafetensorsCheckpoint(Mapping[str, np.ndarray]):
     """All tensors of a folder with ``model.safetensors`` or an index and shards, by name.
 
     Construction reads and checks every header. ``checkpoint[name]`` is a read-only view into the
-    mapped file, whose pages ``release`` drops again.
+    mapped file, whose pages ``release`` drops again. Threads may read different tensors at once.
     """
 
     def __init__(self, folder: str | Path):
@@ -178,14 +178,14 @@ class SafetensorsCheckpoint(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def release(self) -> None:
-        """Drop the pages of all tensors handed out so far from this process.
+    def release(self, names: Iterable[str] | None = None) -> None:
+        """Drop the pages of some tensors, or of all handed out so far, from this process.
 
         Their views stay valid: pages are read from the file again when touched.
         """
-        for name in self._touched:
+        for name in tuple(self._touched if names is None else names):
             self._release(self.tensors[name])
-        self._touched.clear()
+            self._touched.discard(name)
 
     def _release(self, info: TensorInfo) -> None:
         mapped = self._maps.get(info.file)
@@ -200,7 +200,8 @@ class SafetensorsCheckpoint(Mapping[str, np.ndarray]):
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
             with file.open("rb") as f:
-                self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            return self._maps.setdefault(file, mapped)  # another thread may have been faster
         return self._maps[file]
 
 
