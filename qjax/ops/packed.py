@@ -45,15 +45,15 @@ class PackedWeight:
 
     Attributes:
       words: Packed codes, int32 ``(k / 128, n / 64, bits, 256)``.
-      scales: ``(groups, 1, n)`` scales, or ``(groups, 2, n)`` scales and offsets, in ``compute``;
-        None if the scale does not vary along ``k``.
+      scales: ``(groups, 1, n)`` scales, or ``(groups, 2, n)`` scales and offsets, in
+        ``_codes.stored_dtype(compute)``; None if the scale does not vary along ``k``.
       column: float32 ``(n,)``: the scale of each output feature, or what remains of it.
       perm: int32 ``(k,)`` activation order, or None; see ``QuantizedArray``.
       act_scale: The original's, kept for ``unpack``.
       fmt: Format of the original.
       tiles: Extent of one scale's tile in the original.
       scale_dtype: Type of the original's scale.
-      compute: Type in which groups are scaled and multiplied: ``"float16"`` or ``"bfloat16"``.
+      compute: Type in which groups are multiplied: ``"float16"`` or ``"bfloat16"``.
         Without groups weights are exact in both and the activations' type is used.
       dtype: Result type of ``dequantize``.
     """
@@ -95,10 +95,9 @@ class PackedWeight:
     def unpack(self) -> QuantizedArray:
         """The weight that was packed: the same codes, zero points and permutation.
 
-        Scales are the same too unless they have groups or zero points and more significant bits
-        than ``compute``: 11 for float16 (which covers every scale that a checkpoint holds in 16
-        bits or fewer), 8 for bfloat16. Then they are those that the kernel multiplies by, rounded
-        to so many.
+        Scales are the same too unless ``compute`` is float16 and they have groups or zero points
+        and more than its 11 significant bits. (A checkpoint's scales of 16 bits or fewer have not.)
+        Then they are those that the kernel multiplies by, rounded to 11 bits.
         """
         return _unpack(self)
 
@@ -122,7 +121,7 @@ def _unpack(w: PackedWeight) -> QuantizedArray:
         scale = _codes.merge_scale(stored, w.column, w.kind, w.compute)[every]
         if w.scales.shape[1] == 2:
             offset = w.scales[:, 1]
-            zero_point = _codes.zero_point_of_offset(stored, offset, w.kind)[every]
+            zero_point = _codes.zero_point_of_offset(stored, offset, w.kind, w.compute)[every]
     return QuantizedArray.make(
         _codes.from_unsigned(codes, w.kind),
         scale.astype(w.scale_dtype),
@@ -150,7 +149,7 @@ def pack_unsupported_reason(w: QuantizedArray) -> str | None:
     )
 
 
-def pack_for_mosaic(w: QuantizedArray, *, compute: str = "float16") -> PackedWeight:
+def pack_for_mosaic(w: QuantizedArray, *, compute: str | None = None) -> PackedWeight:
     """Rearrange a quantized weight for the Mosaic GPU kernels.
 
     Args:
@@ -160,22 +159,23 @@ def pack_for_mosaic(w: QuantizedArray, *, compute: str = "float16") -> PackedWei
         tensor, group of 128 or block of 128 along ``k``. fp8 codes must be finite. With 8-bit
         activations in its format: int8, E4M3 or E5M2 codes with one scale per column or tensor,
         and fp8 codes in blocks of (128, 128).
-      compute: Type of the products of grouped weights with 16-bit activations. With float16 a
-        weight is rounded to 11 bits and bfloat16 activations are first scaled per row by a power of
-        two, which is exact. With bfloat16 they need no such step, and weights are rounded to 8
-        bits.
+      compute: Type of the products of grouped weights with 16-bit activations; best that of the
+        activations. With float16 a weight is rounded to 11 bits. bfloat16 activations meet it too,
+        scaled per row by a power of two, which is exact but takes a kernel of its own. With
+        bfloat16 weights are exact (the sums of groups are scaled instead); float16 activations do
+        not meet such weights. None takes float16 if that is ``w.dtype``, else bfloat16.
 
     Returns:
       The packed weight, of the same logical shape.
 
     Raises:
-      ValueError: If ``compute`` is unknown, or there are zero points and it is not float16.
+      ValueError: If ``compute`` is unknown.
       NotImplementedError: If there is no kernel for the weight; says why.
     """
+    if compute is None:
+        compute = "float16" if w.dtype == jnp.float16 else "bfloat16"
     if compute not in _codes.COMPUTE_DTYPES:
         raise ValueError(f"unknown {compute=}; choose one of {', '.join(_codes.COMPUTE_DTYPES)}")
-    if compute != "float16" and w.zero_point is not None:
-        raise ValueError(f"zero points need compute='float16', not {compute!r}")
     reason = pack_unsupported_reason(w)
     if reason is not None:
         raise NotImplementedError(f"pack_for_mosaic: no kernel for {reason}")
@@ -210,7 +210,9 @@ def _pack(w: QuantizedArray, compute: str) -> PackedWeight:
         stored, column = _codes.split_scale(scale, kind, compute)
         parts = [stored]
         if w.zero_point is not None:
-            parts.append(_codes.offset_of_zero_point(stored, per_group(w.zero_point), kind))
+            parts.append(
+                _codes.offset_of_zero_point(stored, per_group(w.zero_point), kind, compute)
+            )
         scales = jnp.stack(parts, axis=1)
     return PackedWeight(
         words,
@@ -234,12 +236,12 @@ def _group_size(w: QuantizedArray) -> int | None:
     return None if w.zero_point is None else _CHANNEL_GROUP
 
 
-def pack_tree(params: PyTree, *, compute: str = "float16") -> PyTree:
+def pack_tree(params: PyTree, *, compute: str | None = None) -> PyTree:
     """Pack every ``QuantizedArray`` of a tree for which there is a kernel.
 
     Args:
       params: A parameter tree.
-      compute: As for ``pack_for_mosaic``; weights with zero points always take float16.
+      compute: As for ``pack_for_mosaic``.
 
     Returns:
       The tree with ``PackedWeight`` leaves; other leaves are the same objects.
@@ -248,7 +250,7 @@ def pack_tree(params: PyTree, *, compute: str = "float16") -> PyTree:
     def pack(leaf: Any) -> Any:
         if not is_quantized(leaf) or pack_unsupported_reason(leaf) is not None:
             return leaf
-        return pack_for_mosaic(leaf, compute=compute if leaf.zero_point is None else "float16")
+        return pack_for_mosaic(leaf, compute=compute)
 
     return jax.tree_util.tree_map(pack, params, is_leaf=is_quantized)
 

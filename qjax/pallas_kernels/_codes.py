@@ -3,7 +3,8 @@
 The bits of a code, placed in a 16-bit float and read as that float, are the code times a power of
 two (``unit``): small integers are *subnormal* numbers, and an fp8 number moved to the right place
 is a 16-bit float with a wrong exponent bias. One fused multiply-add then removes the power of two,
-applies the scale and subtracts the zero point. So the scale handed to the kernel is::
+applies the scale and subtracts the zero point. How scales of groups are applied depends on the
+type. float16 with its 11 bits holds scaled weights; the scale handed to the kernel is::
 
   stored[g, n] = scale[g, n] / 2**exponent[n]        column[n] = 2**(exponent[n] - unit)
   weight[k, n] = code_bits[k, n] * stored[k // group, n] + offset[k // group, n]
@@ -11,11 +12,17 @@ applies the scale and subtracts the zero point. So the scale handed to the kerne
 
 with one power of two per output feature that brings the largest stored scale of the column to
 ``2**top``, as large as the 16-bit type and the largest code allow. Powers of two keep the split
-exact; the only rounding is that of the scale to the 11 bits of float16 (8 bits of bfloat16), and
-none where a checkpoint stores its scales in that type.
+exact; the only rounding is that of the scale to the 11 bits of float16, and none where a checkpoint
+stores its scales in 16 bits.
 
-Without groups the multiplier is a constant, every weight is exact in the compute type, and the
-whole scale is in ``column``.
+bfloat16 with its 8 bits does not hold scaled weights, but codes less their zero points exactly.
+There the products are of those, and the float32 sum of each group is scaled::
+
+  part[m, n, g] = sum over k in g of x[m, k] * (code_bits[k, n] * 2**multiplier + offset[g, n])
+  output[m, n] = sum_g part[m, n, g] * stored[g, n]         stored[g, n] = scale[g, n] * 2**-rest
+
+Without groups the multiplier is a constant, every weight is exact in either type, and the whole
+scale is in ``column``.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
-from qjax.typing import Array
+from qjax.typing import Array, DType
 
 COMPUTE_DTYPES = ("float16", "bfloat16")
 
@@ -40,22 +47,22 @@ class Codes:
       bits: 4 or 8.
       bias: What is added to a signed integer to make it unsigned; 0 for floats.
       unit: Exponent of the code's bits read as a number of the compute type.
-      top: Exponent of the largest stored scale, for each compute type. Integers: 255 * 2**(15-24)
-        is far inside float16. E4M3 values reach 448 < 2**9, E5M2 values 57344 < 2**16.
+      top: Exponent of the largest stored scale in float16. Integers: 255 * 2**(15-24) is far
+        inside it. E4M3 values reach 448 < 2**9, E5M2 values 57344 < 2**16.
     """
 
     bits: int
     bias: int
     unit: dict[str, int]
-    top: dict[str, int]
+    top: int
 
 
 CODES: dict[str, Codes] = {
-    "int4": Codes(4, 8, {"float16": -24, "bfloat16": -133}, {"float16": 15, "bfloat16": 126}),
-    "int8": Codes(8, 128, {"float16": -24, "bfloat16": -133}, {"float16": 15, "bfloat16": 126}),
+    "int4": Codes(4, 8, {"float16": -24, "bfloat16": -133}, 15),
+    "int8": Codes(8, 128, {"float16": -24, "bfloat16": -133}, 15),
     # float16: one instruction converts E4M3, and E5M2 is the upper byte of a float16.
-    "float8_e4m3fn": Codes(8, 0, {"float16": 0, "bfloat16": -120}, {"float16": 7, "bfloat16": 126}),
-    "float8_e5m2": Codes(8, 0, {"float16": 0, "bfloat16": -112}, {"float16": 0, "bfloat16": 126}),
+    "float8_e4m3fn": Codes(8, 0, {"float16": 0, "bfloat16": -120}, 7),
+    "float8_e5m2": Codes(8, 0, {"float16": 0, "bfloat16": -112}, 0),
 }
 
 
@@ -115,43 +122,60 @@ def split_scale(scale: Array, kind: str, compute: str) -> tuple[Array, Array]:
     """Cut a grouped scale into the kernel's two parts.
 
     Args:
-      scale: float32 ``(groups, n)``, positive.
+      scale: float32 ``(groups, n)``.
       kind: A key of ``CODES``.
       compute: ``"float16"`` or ``"bfloat16"``.
 
     Returns:
-      ``(stored, column)``: ``(groups, n)`` in the compute type, and float32 ``(n,)``.
+      ``(stored, column)``: ``(groups, n)`` in ``stored_dtype(compute)``, and float32 ``(n,)``.
     """
     codes = CODES[kind]
-    top = codes.top[compute]
-    _, exponent = jnp.frexp(scale.max(axis=0))
-    exponent = exponent.astype(jnp.int32) - top
+    if compute == "bfloat16":
+        _, rest = constant_multiplier(kind, compute)
+        return scale * jnp.float32(2.0**-rest), jnp.ones_like(scale[0])
+    _, exponent = jnp.frexp(jnp.abs(scale).max(axis=0))
+    exponent = exponent.astype(jnp.int32) - codes.top
     stored = times_power_of_two(scale, jnp.broadcast_to(-exponent[None], scale.shape))
     column = times_power_of_two(jnp.ones_like(scale[0]), exponent - codes.unit[compute])
     return stored.astype(jnp.dtype(compute)), column
 
 
+def stored_dtype(compute: str) -> DType:
+    """Type of a group's scale and offset as the kernel reads them."""
+    return jnp.dtype(jnp.float32 if compute == "bfloat16" else compute)
+
+
 def merge_scale(stored: Array, column: Array, kind: str, compute: str) -> Array:
     """The inverse of ``split_scale``: float32 ``(groups, n)``."""
+    if compute == "bfloat16":
+        _, rest = constant_multiplier(kind, compute)
+        return stored * jnp.float32(2.0**rest)
     _, exponent = jnp.frexp(column)
     exponent = exponent.astype(jnp.int32) - 1 + CODES[kind].unit[compute]
     wide = stored.astype(jnp.float32)
     return times_power_of_two(wide, jnp.broadcast_to(exponent[None], wide.shape))
 
 
-def offset_of_zero_point(stored: Array, zero_point: Array, kind: str) -> Array:
-    """``-(bias + zero_point) * stored * 2**unit`` in float16: what unpacking adds.
+def offset_of_zero_point(stored: Array, zero_point: Array, kind: str, compute: str) -> Array:
+    """What unpacking adds for a zero point, in ``stored_dtype(compute)``.
 
-    Its rounding shifts a whole group by at most ``16 * 2**-11`` of a step; the weights' root mean
-    square is some five steps.
+    float16: ``-(bias + zero_point) * stored * 2**unit``. Its rounding shifts a whole group by at
+    most ``16 * 2**-11`` of a step; the weights' root mean square is some five steps. bfloat16:
+    ``-(bias + zero_point) * 2**rest``, exact.
     """
-    codes = CODES[kind]
-    shift = (zero_point.astype(jnp.float32) + codes.bias) * (-(2.0 ** codes.unit["float16"]))
-    return (shift * stored.astype(jnp.float32)).astype(jnp.float16)
+    shift = -(zero_point.astype(jnp.float32) + CODES[kind].bias)
+    return (shift * _offset_step(stored, kind, compute)).astype(stored.dtype)
 
 
-def zero_point_of_offset(stored: Array, offset: Array, kind: str) -> Array:
+def zero_point_of_offset(stored: Array, offset: Array, kind: str, compute: str) -> Array:
     """The inverse of ``offset_of_zero_point``, exact: int8."""
-    codes = CODES[kind]
-    step = stored.astype(jnp.float32) * 2.0 ** codes.unit["float16"]
-    return (jnp.rint(-offset.astype(jnp.float32) / step) - codes.bias).astype(jnp.int8)
+    shift = jnp.rint(-offset.astype(jnp.float32) / _offset_step(stored, kind, compute))
+    return (shift - CODES[kind].bias).astype(jnp.int8)
+
+
+def _offset_step(stored: Array, kind: str, compute: str) -> Array:
+    """One step of the codes in the units of what unpacking makes of them."""
+    if compute == "bfloat16":
+        _, rest = constant_multiplier(kind, compute)
+        return jnp.full_like(stored, 2.0**rest)
+    return stored.astype(jnp.float32) * 2.0 ** CODES[kind].unit["float16"]

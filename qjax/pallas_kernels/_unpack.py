@@ -1,6 +1,7 @@
 """From packed words to the register operand of ``wgmma``: inline PTX, and its twin in jnp.
 
-Both compute what ``_codes`` describes: ``code_bits * stored + offset`` with one rounding. The twin
+Both compute what ``_codes`` describes: ``code_bits * multiplier + offset`` with one rounding, where
+the multiplier is a group's scale in float16 and a constant in bfloat16. The twin
 is what the Pallas interpreter runs, which has neither inline assembly nor ``wgmma`` with an operand
 in registers.
 """
@@ -36,25 +37,28 @@ def unpack(
     *,
     kind: str,
     compute: str,
+    parts: int = 1,
     interpret: bool,
-) -> Array:
+) -> list[Array]:
     """Weights of one tile, ready for ``wgmma``.
 
     Args:
       words: int32 ``(bits, 256)``, loaded with ``words_layout``.
-      scales: Stored scales of the tile's groups, each ``(64,)`` in the compute type; empty without
-        groups.
-      offsets: What to add, like ``scales``; empty without zero points.
+      scales: Stored scales of the tile's groups to multiply by, each ``(64,)``; empty for a
+        constant multiplier. float16 only.
+      offsets: What to add for zero points, one per group in ``_codes.stored_dtype(compute)``; empty
+        without zero points.
       kind: A key of ``_codes.CODES``.
       compute: ``"float16"`` or ``"bfloat16"``.
+      parts: Into how many arrays the tile is cut along the contraction.
       interpret: Use jnp instead of PTX.
 
     Returns:
-      ``(64, 128)`` in the compute type; output features in rows.
+      ``parts`` arrays ``(64, 128 / parts)`` in the compute type; output features in rows.
     """
     if interpret:
-        return _unpack_jnp(words, scales, offsets, kind, compute)
-    return _unpack_ptx(words, scales, offsets, kind, compute)
+        return jnp.split(_unpack_jnp(words, scales, offsets, kind, compute), parts, axis=1)
+    return _unpack_ptx(words, scales, offsets, kind, compute, parts)
 
 
 def words_layout(bits: int) -> Any:
@@ -69,14 +73,16 @@ def _unpack_jnp(
     bits = _layout.unpack_words(words[None, None], codes.bits).T  # (64, 128)
     values = _codes.from_unsigned(bits, kind).astype(jnp.float32)
     dtype = jnp.dtype(compute)
-    if not scales:
-        _, rest = _codes.constant_multiplier(kind, compute)
-        return (values * 2.0**rest).astype(dtype)
-    repeats = _layout.BLOCK_K // len(scales)
 
     def spread(parts: Sequence[Array]) -> Array:
+        repeats = _layout.BLOCK_K // len(parts)
         return jnp.repeat(jnp.stack(parts, axis=1).astype(jnp.float32), repeats, axis=1)
 
+    if not scales:
+        _, rest = _codes.constant_multiplier(kind, compute)
+        if offsets:
+            return ((values + codes.bias) * 2.0**rest + spread(offsets)).astype(dtype)
+        return (values * 2.0**rest).astype(dtype)
     scale = spread(scales)
     scale = _codes.times_power_of_two(scale, jnp.full_like(scale, codes.unit[compute], jnp.int32))
     if offsets:
@@ -85,17 +91,23 @@ def _unpack_jnp(
 
 
 def _unpack_ptx(
-    words: Array, scales: Sequence[Array], offsets: Sequence[Array], kind: str, compute: str
-) -> Array:
+    words: Array,
+    scales: Sequence[Array],
+    offsets: Sequence[Array],
+    kind: str,
+    compute: str,
+    parts: int,
+) -> list[Array]:
     codes = _codes.CODES[kind]
-    shape = (_layout.BLOCK_N, _layout.BLOCK_K)
+    shape = (_layout.BLOCK_N, _layout.BLOCK_K // parts)
     row_layout = plgpu.Layout.WGMMA.reduce(1)
+    part_type = plgpu.ShapeDtypeStruct(shape, jnp.dtype(compute), layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(
         arg_types=(words_layout(codes.bits), *(row_layout for _ in (*scales, *offsets))),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.dtype(compute), layout=plgpu.Layout.WGMMA),
+        return_type=[part_type] * parts,
     )
-    def emit(_: Any, packed: Any, *rows: Any) -> Any:
+    def emit(_: Any, packed: Any, *rows: Any) -> list[Any]:
         element = ir.F16Type.get() if compute == "float16" else ir.BF16Type.get()
         pair = ir.VectorType.get((2,), element)
         flat = [_element(vec, i) for vec in packed.registers.flat for i in range(4)]
@@ -104,13 +116,17 @@ def _unpack_ptx(
         out = []
         for index, word in enumerate(flat):
             out += _emit_word(word, factors[index // words_per_group], kind, compute)
-        registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
-        assert len(out) == registers.size, (len(out), registers.size)
-        for index, register in zip(np.ndindex(registers.shape), out, strict=True):
-            registers[index] = mgpu.utils.bitcast(register, pair)
-        return mgpu.FragmentedArray(
-            _registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
-        )
+        arrays = []
+        for part in np.split(np.asarray(out, dtype=object), parts):
+            registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
+            for index, register in zip(np.ndindex(registers.shape), part, strict=True):
+                registers[index] = mgpu.utils.bitcast(register, pair)
+            arrays.append(
+                mgpu.FragmentedArray(
+                    _registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
+                )
+            )
+        return arrays
 
     return emit(words, *scales, *offsets)
 
@@ -140,10 +156,12 @@ def _factors(scales: Sequence[Any], offsets: Sequence[Any], kind: str, compute: 
         exponent, rest = _codes.constant_multiplier(kind, compute)
         if exponent == 0:
             return [[(None, None)] * 2]
-        addend = _constant(_codes.half_bits(-codes.bias * 2.0**rest, compute))
         multipliers = [
             _constant(_codes.half_bits(2.0**exponent * factor, compute)) for factor in nibble
         ]
+        if offsets:
+            return [list(zip(multipliers, _twice(offset), strict=True)) for offset in offsets]
+        addend = _constant(_codes.half_bits(-codes.bias * 2.0**rest, compute))
         return [[(multiplier, addend) for multiplier in multipliers]]
     groups = []
     for g, scale in enumerate(scales):
@@ -169,10 +187,16 @@ def _factors(scales: Sequence[Any], offsets: Sequence[Any], kind: str, compute: 
 
 
 def _twice(rows: Any) -> list[Any]:
-    """The values of a thread's two rows, each in both halves of a register."""
+    """The values of a thread's two rows, each in both halves of a register.
+
+    float32 values become bfloat16, in which they are exact.
+    """
     i16 = ir.IntegerType.get_signless(16)
     registers = list(rows.registers.flat)
     assert len(registers) == 2, len(registers)
+    if isinstance(rows.mlir_dtype, ir.F32Type):
+        text = "cvt.rn.bf16x2.f32 $0, $1, $1;"
+        return [_asm(text, register, constraints="=r,f") for register in registers]
     return [
         _asm("mov.b32 $0, {$1, $1};", mgpu.utils.bitcast(register, i16), constraints="=r,h")
         for register in registers

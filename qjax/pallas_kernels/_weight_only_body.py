@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from qjax.pallas_kernels import _codes, _layout, _unpack
-from qjax.pallas_kernels.weight_only import _MEMORY_REGISTERS, Config
+from qjax.pallas_kernels.weight_only import _MEMORY_REGISTERS, Config, concurrent_groups
 from qjax.typing import Array
 
 # Its names and signatures differ between the versions of jax that qjax is type-checked with.
@@ -75,7 +75,10 @@ def call(
                 compute=compute.name,
                 interpret=interpret,
             )
-            acc = _accumulate(load, scratch, rows, steps, config, interpret)
+            if scales is not None and compute == jnp.bfloat16:
+                acc = _accumulate_groups(load, scratch, rows, steps, groups, config, interpret)
+            else:
+                acc = _accumulate(load, scratch, rows, steps, config, interpret)
             if scales is None:
                 # Unpacking leaves a constant power of two: 16-bit floats have no room for it.
                 _, rest = _codes.constant_multiplier(kind, compute.name)
@@ -112,7 +115,12 @@ def call(
 
     scratch_types = {
         "words_smem": plgpu.SMEM((stages, warpgroups, bits, 256), jnp.int32),
-        "x_smem": plgpu.SMEM((stages, rows, _BLOCK_K), compute, transforms=_transforms(compute)),
+        # A group of 32 is cut from the activations as one column of tiles.
+        "x_smem": plgpu.SMEM(
+            (stages, rows, _BLOCK_K),
+            compute,
+            transforms=_transforms(compute, swizzle=64 if groups == 4 else 128),
+        ),
         "out_smem": plgpu.SMEM(
             (warpgroups, rows, _BLOCK_N), out_type.dtype, transforms=_transforms(out_type.dtype)
         ),
@@ -120,7 +128,8 @@ def call(
         "consumed": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
     if groups:
-        scratch_types["scales_smem"] = plgpu.SMEM((stages, groups, parts, columns), compute)
+        stored = _codes.stored_dtype(compute.name)
+        scratch_types["scales_smem"] = plgpu.SMEM((stages, groups, parts, columns), stored)
     run = plgpu.kernel(
         kernel,
         out_type=out_type,
@@ -141,10 +150,10 @@ def call(
     return run(*operands.values())
 
 
-def _transforms(dtype: Any) -> tuple[Any, ...]:
-    """128-byte swizzle, as ``wgmma`` and the transposed store want it."""
-    columns = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
+def _transforms(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:
+    """Tiles and swizzle, as ``wgmma`` and the transposed store want them."""
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
 
 
 def _load_weights(
@@ -157,8 +166,13 @@ def _load_weights(
     kind: str,
     compute: str,
     interpret: bool,
-) -> Array:
-    """Wait for a step and make its weights, ``(64, 128)`` in registers."""
+) -> tuple[list[Array], list[Array]]:
+    """Wait for a step and make its weights, in registers.
+
+    Returns:
+      ``(64, 128)`` in one piece, or, where sums of groups are scaled, a piece per group; and the
+      scales ``(64,)`` of those sums.
+    """
     slot = lax.rem(step, jnp.int32(stages))
     plgpu.barrier_wait(scratch["ready"].at[slot])
     layout = _unpack.words_layout(_codes.CODES[kind].bits)
@@ -169,10 +183,20 @@ def _load_weights(
         smem = scratch["scales_smem"].at[slot, g]
         for part, values in zip(range(smem.shape[0]), (scales, offsets), strict=False):
             values.append(plgpu.load(smem.at[part, rows], layout=plgpu.Layout.WGMMA.reduce(1)))
+    sum_scales = []
+    if compute == "bfloat16":
+        scales, sum_scales = [], scales
     with jax.named_scope("unpack"):
-        return _unpack.unpack(
-            words, scales, offsets, kind=kind, compute=compute, interpret=interpret
+        weights = _unpack.unpack(
+            words,
+            scales,
+            offsets,
+            kind=kind,
+            compute=compute,
+            parts=max(1, len(sum_scales)),
+            interpret=interpret,
         )
+    return weights, sum_scales
 
 
 def _accumulate(
@@ -201,17 +225,12 @@ def _accumulate(
             return total
 
         def finish(slot: Array) -> None:
-            if interpret:
-                # The interpreter wants a proxy fence between a read of a slot and the next copy
-                # into it. On the GPU the barrier orders the two, as in CUTLASS's TMA pipelines.
-                plgpu.commit_smem()
-            else:
-                plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(scratch["consumed"].at[slot])
+            _finish(scratch, slot, interpret)
 
         def step(i: Array, total: Any) -> Any:
             slot = lax.rem(i, stages)
-            total = multiply(total, load(i), slot)
+            (weights,), _ = load(i)
+            total = multiply(total, weights, slot)
             finish(slot)
             return total
 
@@ -220,22 +239,14 @@ def _accumulate(
             weights, total = carry
             slot = lax.rem(i, stages)
             total = multiply(total, weights, slot)
-            following = load(i + 1)
+            (following,), _ = load(i + 1)
             finish(slot)
             return following, total
 
         if not config.pipelined:
             return lax.fori_loop(0, steps, step, total)
-        # Two steps per iteration: with one, the weights of the next step would be copied into the
-        # registers that wgmma is still reading, and ptxas would serialize the two (C7513).
-        carry = load(jnp.int32(0)), total
-        carry = lax.fori_loop(
-            0,
-            steps // 2 - 1,
-            lambda pair, carry: overlapped(2 * pair + 1, overlapped(2 * pair, carry)),
-            carry,
-        )
-        weights, total = overlapped(jnp.int32(steps - 2), carry)
+        (weights,), _ = load(jnp.int32(0))
+        weights, total = _in_pairs(overlapped, steps, (weights, total))
         slot = jnp.int32((steps - 1) % config.stages)
         total = multiply(total, weights, slot)
         finish(slot)
@@ -249,6 +260,105 @@ def _accumulate(
         return accumulator[...]
 
     return pl.run_scoped(run, plgpu.ACC((_BLOCK_N, rows)))
+
+
+def _in_pairs(overlapped: Callable[[Array, Any], Any], steps: int, carry: Any) -> Any:
+    """All but the last step of a pipelined loop.
+
+    Two steps per iteration: with one, the weights of the next step would be copied into the
+    registers that ``wgmma`` is still reading, and ptxas would serialize the two (C7513).
+    """
+
+    def pair(index: Array, carry: Any) -> Any:
+        return overlapped(2 * index + 1, overlapped(2 * index, carry))
+
+    return overlapped(jnp.int32(steps - 2), lax.fori_loop(0, steps // 2 - 1, pair, carry))
+
+
+def _finish(scratch: dict[str, Any], slot: Array, interpret: bool) -> None:
+    """Wait for the products that read a slot, and hand it back to the memory warpgroup."""
+    if interpret:
+        # The interpreter wants a proxy fence between a read of a slot and the next copy into it. On
+        # the GPU the barrier orders the two, as in CUTLASS's TMA pipelines.
+        plgpu.commit_smem()
+    else:
+        plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(scratch["consumed"].at[slot])
+
+
+def _accumulate_groups(
+    load: Callable[[Array], tuple[list[Array], list[Array]]],
+    scratch: dict[str, Any],
+    rows: int,
+    steps: int,
+    groups: int,
+    config: Config,
+    interpret: bool,
+) -> Array:
+    """The same where the sums of groups are scaled: float32 ``(64, rows)``, in registers."""
+    stages = jnp.int32(config.stages)
+    size = _BLOCK_K // groups
+    together = concurrent_groups(rows, groups)
+
+    def sums(weights: list[Array], slot: Array, first: int, then: Callable[[], Any]) -> Any:
+        """Products of ``together`` groups from ``first``; ``then`` runs beside them."""
+        mine = range(first, first + together)
+        columns = [pl.ds(g * size, size) for g in mine]
+        if interpret:
+            x = scratch["x_smem"][slot].astype(jnp.float32)
+            dims = (((1,), (1,)), ((), ()))
+            parts = [
+                lax.dot_general(
+                    weights[g].astype(jnp.float32), x[:, g * size : (g + 1) * size], dims
+                )
+                for g in mine
+            ]
+            return parts, then()
+
+        def run(*accumulators: Any) -> Any:
+            for g, accumulator, cut in zip(mine, accumulators, columns, strict=True):
+                plgpu.wgmma(accumulator, weights[g], scratch["x_smem"].at[slot, :, cut].T)
+            result = then()
+            return [accumulator[...] for accumulator in accumulators], result
+
+        return pl.run_scoped(run, *[plgpu.ACC((_BLOCK_N, rows))] * together)
+
+    def add(total: Array, parts: list[Array], scales: list[Array]) -> Array:
+        for part, scale in zip(parts, scales, strict=True):
+            total = total + part * lax.broadcast_in_dim(scale, part.shape, [0])
+        return total
+
+    def step(i: Array, total: Array) -> Array:
+        slot = lax.rem(i, stages)
+        weights, scales = load(i)
+        for first in range(0, groups, together):
+            last = first + together == groups
+            then = functools.partial(_finish, scratch, slot, interpret) if last else lambda: None
+            parts, _ = sums(weights, slot, first, then)
+            total = add(total, parts, scales[first : first + together])
+        return total
+
+    def overlapped(i: Array, carry: Any) -> Any:
+        (weights, scales), total = carry
+        slot = lax.rem(i, stages)
+
+        def then() -> Any:
+            following = load(i + 1)
+            _finish(scratch, slot, interpret)
+            return following
+
+        parts, following = sums(weights, slot, 0, then)
+        return following, add(total, parts, scales)
+
+    total = jnp.zeros((_BLOCK_N, rows), jnp.float32)
+    if not interpret:
+        total = plgpu.layout_cast(total, plgpu.Layout.WGMMA)
+    if not config.pipelined:
+        return lax.fori_loop(0, steps, step, total)
+    (weights, scales), total = _in_pairs(overlapped, steps, (load(jnp.int32(0)), total))
+    slot = jnp.int32((steps - 1) % config.stages)
+    parts, _ = sums(weights, slot, 0, functools.partial(_finish, scratch, slot, interpret))
+    return add(total, parts, scales)
 
 
 def _store(

@@ -3,8 +3,7 @@
 ::
 
   out[m, n] = row_scale[m] * column[n] * sum_k x[m, k] * weight[k, n]
-  weight[k, n] = value[k, n]                                              without groups
-  weight[k, n] = bits[k, n] * stored[k // group, n] + offset[k // group, n]    with groups
+  weight[k, n] = value[k, n]                        without groups; with groups see ``_codes``
 
 For decoding: with ``m <= 64`` rows the time is that of reading the weights once. The product is
 taken transposed, ``out.T = weight.T @ x.T``: output features fill the 64 rows of ``wgmma``, the
@@ -25,8 +24,8 @@ Roles in one thread block (CTA) of ``warpgroups + 1`` warpgroups; it computes
 With ``splits > 1`` the CTAs of one output tile write float32 partial sums ``(splits, m, n)``, which
 XLA adds up in a fixed order: results are the same in every run.
 
-Compiled for sm_90a and checked in the Pallas interpreter (which replaces the register unpacking
-and ``wgmma`` by the same arithmetic in jnp); not yet run on hardware.
+Tested on the GPU; without one, compiled for sm_90a and checked in the Pallas interpreter (which
+replaces the register unpacking and ``wgmma`` by the same arithmetic in jnp).
 
 References:
   Marlin (arXiv:2408.11743): weights reordered offline, scale and zero point folded into the
@@ -157,8 +156,6 @@ def unsupported_reason(p: Problem) -> str | None:
         return f"m={p.m} rows; this kernel is for 1 to {MAX_ROWS}"
     if p.compute not in _codes.COMPUTE_DTYPES:
         return f"{p.compute} activations; the kernel takes float16 and bfloat16"
-    if p.zero_point and p.compute != "float16":
-        return f"zero points with {p.compute} arithmetic; their products need float16's precision"
     return None
 
 
@@ -166,9 +163,10 @@ def smem_bytes(config: Config, p: Problem) -> int:
     """Shared memory of one CTA in bytes (an upper bound: buffers are counted in 1024 bytes)."""
     groups = 0 if p.group_size is None else _layout.BLOCK_K // p.group_size
     columns = config.warpgroups * _layout.BLOCK_N
+    scale_bytes = _codes.stored_dtype(p.compute).itemsize
     buffers = (
         config.stages * config.warpgroups * p.bits * 256 * 4,
-        config.stages * groups * (2 if p.zero_point else 1) * columns * 2,
+        config.stages * groups * (2 if p.zero_point else 1) * columns * scale_bytes,
         config.stages * p.rows * _layout.BLOCK_K * 2,
         p.rows * columns * (4 if config.splits > 1 else p.out_itemsize),
         2 * config.stages * 8,
@@ -185,18 +183,43 @@ def config_unsupported_reason(config: Config, p: Problem) -> str | None:
     steps = p.k // config.splits // _layout.BLOCK_K
     if config.pipelined and steps % 2:
         return f"pipelined needs an even number of steps, not {steps}"
+    if config.warpgroups > _max_warpgroups(p):
+        return (
+            f"{config.warpgroups} warpgroups have too few registers for {p.rows} rows and groups "
+            f"of {p.group_size} in bfloat16; {_max_warpgroups(p)} have enough"
+        )
     size = smem_bytes(config, p)
     if size > SHARED_MEMORY_BYTES:
         return f"{size} bytes of shared memory; a CTA has {SHARED_MEMORY_BYTES}"
     return None
 
 
+def concurrent_groups(rows: int, groups: int) -> int:
+    """Groups of a step whose sums are in registers at once: 32 registers per thread for them."""
+    return min(groups, max(1, 64 // rows))
+
+
+def _groups_per_step(p: Problem) -> int:
+    return 1 if p.group_size is None else _layout.BLOCK_K // p.group_size
+
+
 def _pipelining_fits(p: Problem) -> bool:
     """Whether the registers suffice to unpack one step while ``wgmma`` reads another.
 
-    With 64 rows and several groups per step they do not: ptxas serializes the two (C7512).
+    Else ptxas serializes the two (C7512) or spills.
     """
-    return p.rows < 64 or p.group_size in (None, 128)
+    groups = _groups_per_step(p)
+    if p.compute == "bfloat16" and p.group_size is not None:
+        return p.rows * groups <= 32
+    return p.rows < 64 or groups == 1
+
+
+def _max_warpgroups(p: Problem) -> int:
+    """How many compute warpgroups have enough registers: what ptxas compiles without spilling."""
+    if p.compute == "float16" or p.group_size is None:
+        return 4
+    # The sums of groups beside their total.
+    return {(64, 1): 3, (64, 2): 2, (64, 4): 1, (32, 4): 3}.get((p.rows, _groups_per_step(p)), 4)
 
 
 def heuristic_config(p: Problem) -> Config:
@@ -215,7 +238,7 @@ def heuristic_config(p: Problem) -> Config:
     # and draining its stages.
     choices = [
         (warpgroups, splits)
-        for warpgroups in (1, 2, 3, 4)
+        for warpgroups in range(1, _max_warpgroups(p) + 1)
         for splits in range(1, 17)
         if tiles % warpgroups == 0
         and steps % splits == 0
@@ -266,8 +289,8 @@ def matmul(
     Args:
       x: Activations ``(m, k)``, float16 or bfloat16, ``m <= 64``.
       words: Packed codes, int32 ``(k / 128, n / 64, bits, 256)``.
-      scales: ``(groups, 1, n)`` stored scales, or ``(groups, 2, n)`` scales and offsets, in the
-        type of ``x``; None without groups.
+      scales: ``(groups, 1, n)`` stored scales, or ``(groups, 2, n)`` scales and offsets, in
+        ``_codes.stored_dtype`` of the type of ``x``; None without groups.
       column: float32 ``(n,)``, applied to the output: the whole scale without groups, else what
         ``_codes.split_scale`` left of it.
       row_scale: float32 ``(m,)``, applied to the output; None for none.

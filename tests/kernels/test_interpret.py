@@ -51,8 +51,14 @@ CASES = {
     "int4_g32_asym_perm_splits": Case(
         qjax.INT4_G32_ASYM, 8, 512, 64, Config(1, 3, 2), tolerances.F16_ZERO_POINTS, perm=True
     ),
-    "int4_g64_bf16": Case(
-        qjax.INT4_G64, 9, 256, 64, Config(1, 2), tolerances.BF16_WEIGHTS, compute="bfloat16"
+    "int4_g128_bf16_pipelined": Case(
+        qjax.INT4_G128, 3, 512, 64, Config(1, 2, 1, True), tolerances.F32_SUM, compute="bfloat16"
+    ),
+    "int4_g32_asym_bf16": Case(
+        qjax.INT4_G32_ASYM, 9, 256, 64, Config(1, 2), tolerances.F32_SUM, compute="bfloat16"
+    ),
+    "int4_g64_bf16_many_rows": Case(
+        qjax.INT4_G64, 33, 256, 64, Config(1, 2), tolerances.F32_SUM, compute="bfloat16"
     ),
     "int4_channel_f16": Case(
         qjax.INT4_CHANNEL, 1, 256, 64, Config(1, 2), tolerances.F32_SUM, x_dtype="float16"

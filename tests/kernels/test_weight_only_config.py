@@ -104,7 +104,6 @@ def test_impossible_configs(fields: dict[str, Any], message: str) -> None:
         ({"kind": "int2"}, "int2 codes; there are kernels for"),
         ({"group_size": 256}, "group_size=256"),
         ({"compute": "float32"}, "float32 activations"),
-        ({"zero_point": True, "compute": "bfloat16"}, "need float16's precision"),
     ],
 )
 def test_unsupported_problems(changes: dict[str, Any], message: str) -> None:
