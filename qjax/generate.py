@@ -68,7 +68,17 @@ class DecodeState:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "starts", "counts", "slots", "last", "limits", "stops", "sampling"],
+    data_fields=[
+        "tokens",
+        "starts",
+        "counts",
+        "slots",
+        "first",
+        "last",
+        "limits",
+        "stops",
+        "sampling",
+    ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +90,8 @@ class PrefillBatch:
       starts: int32 ``(rows,)``, position of each chunk in its prompt.
       counts: int32 ``(rows,)``, tokens of the chunk.
       slots: int32 ``(rows,)``, each at most once; ``max_seqs`` for rows that are not needed.
+      first: bool ``(rows,)``, whether this is the first chunk of its prompt. It begins behind
+        position 0 where full pages before it are shared with other sequences.
       last: bool ``(rows,)``, whether this chunk completes its prompt.
       limits: int32 ``(rows,)``, as in ``DecodeState``.
       stops: bool ``(rows,)``, as in ``DecodeState``.
@@ -90,6 +102,7 @@ class PrefillBatch:
     starts: Array
     counts: Array
     slots: Array
+    first: Array
     last: Array
     limits: Array
     stops: Array
@@ -110,7 +123,8 @@ def prefill(
       apply: ``Decoder.apply``.
       eos_ids: End-of-sequence tokens.
       params: Model parameters.
-      cache: KV cache; slots whose prompt starts here forget the statistics of their predecessor.
+      cache: KV cache; slots whose prompt starts here forget the statistics of their predecessor,
+        and go on from those of the pages they take over.
       state: Decode state; slots whose prompt is complete become active.
       batch: The chunks.
 
@@ -123,8 +137,12 @@ def prefill(
     used = batch.counts > 0
     offsets = jnp.arange(chunk, dtype=jnp.int32)[None, :]
     # Beyond the last slot: updates there are dropped.
-    fresh = jnp.where(used & (batch.starts == 0), batch.slots, max_seqs)
-    cache = cache.reset_slots(jnp.zeros((max_seqs,), bool).at[fresh].set(True, mode="drop"))
+    fresh = jnp.where(used & batch.first, batch.slots, max_seqs)
+    taken_over = None
+    if cache.share_pages:
+        taken_over = jnp.zeros((max_seqs,), jnp.int32).at[fresh].set(batch.starts, mode="drop")
+    mask = jnp.zeros((max_seqs,), bool).at[fresh].set(True, mode="drop")
+    cache = cache.reset_slots(mask, taken_over)
     logits, cache = apply(
         {"params": params},
         batch.tokens,
@@ -160,6 +178,7 @@ def decode(
     eos_ids: tuple[int, ...],
     block: int,
     fixed: bool,
+    greedy: bool,
     params: PyTree,
     cache: QuantizedKVCache,
     state: DecodeState,
@@ -174,6 +193,8 @@ def decode(
       fixed: Always run ``block`` steps. A loop of known length needs no answer from the device
         between steps, which matters on GPUs; otherwise the loop ends after ``steps`` steps, or as
         soon as no slot is active. Tokens do not depend on it.
+      greedy: No active slot samples. The program then has no branch, whose condition a GPU would
+        have to tell the host in every step.
       params: Model parameters.
       cache: KV cache.
       state: Decode state.
@@ -199,7 +220,10 @@ def decode(
             state.active[:, None],
             logits_at=jnp.zeros((max_seqs,), jnp.int32),
         )
-        tokens = sample(logits, state.sampling, state.produced)
+        if greedy:
+            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        else:
+            tokens = sample(logits, state.sampling, state.produced)
         finite = finite & (jnp.isfinite(jnp.max(logits, axis=-1)) | ~state.active)
         out = out.at[:, i].set(jnp.where(state.active, tokens, -1))
         advance = state.active.astype(jnp.int32)

@@ -30,6 +30,7 @@ from qjax.models.decoder import Decoder
 from qjax.quantize import quantized_nbytes
 from qjax.serving.report import format_bytes
 from qjax.serving.synthetic import SHAPES, random_cache, random_params, running_state, step_bytes
+from qjax.serving.weights import prepare_weights
 
 EPILOG = """\
 examples
@@ -48,6 +49,7 @@ PASSED_ON = (
     "context",
     "kv_cache_dtype",
     "kv_scale_mode",
+    "backend",
     "page_size",
     "steps",
     "blocks",
@@ -74,6 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=3, help="measurements; the median counts (%(default)s)")
     add("--time-limit", type=float, default=300.0, help="seconds per format (%(default)s)")
     add("--output", metavar="FILE.jsonl", help="append rows here as they are measured")
+    add(
+        "--backend",
+        choices=("auto", "xla"),
+        default="auto",
+        help="kernels where they run, or XLA alone (%(default)s)",
+    )
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -87,6 +95,7 @@ class Row:
     kv_cache_dtype: str
     batch: int
     context: int
+    backend: str
     device: str = ""
     jax: str = jax.__version__
     tokens_per_s: float | None = None
@@ -103,7 +112,8 @@ class Row:
 def measure(args: argparse.Namespace, name: str, batch: int, params: Any) -> Row:
     """Time decode steps of one batch size."""
     config = SHAPES[args.shape]
-    module = Decoder(config, dtype=jnp.bfloat16)
+    backend = None if args.backend == "auto" else args.backend
+    module = Decoder(config, dtype=jnp.bfloat16, dot_backend=backend, attention_backend=backend)
     fmt = parse_kv_format(args.kv_cache_dtype, mode=args.kv_scale_mode, model_dtype=module.dtype)
     # Every block starts at the same length, so that the middle of it is at the context length.
     start = args.context - args.steps // 2
@@ -111,7 +121,7 @@ def measure(args: argparse.Namespace, name: str, batch: int, params: Any) -> Row
     state = running_state(config.vocab_size, batch, start)
     read = step_bytes(params, cache, batch, args.context)
     program = jax.jit(
-        functools.partial(decode, module.apply, (), args.steps, True), donate_argnums=(1, 2)
+        functools.partial(decode, module.apply, (), args.steps, True, True), donate_argnums=(1, 2)
     )
     steps = jnp.int32(args.steps)
     begin = time.perf_counter()
@@ -145,6 +155,7 @@ def measure(args: argparse.Namespace, name: str, batch: int, params: Any) -> Row
         kv_cache_dtype=fmt.name,
         batch=batch,
         context=args.context,
+        backend=args.backend,
         device=info.kind,
         tokens_per_s=batch / median,
         ms_per_step=median * 1e3,
@@ -161,6 +172,9 @@ def work(args: argparse.Namespace) -> None:
     """In a child process: measure one format and print one JSON line per batch size."""
     (name,) = args.formats.split(",")
     params = random_params(SHAPES[args.shape], parse_format(name))
+    pack = None if args.backend == "auto" else False
+    params, note = prepare_weights(params, jnp.bfloat16, pack=pack)
+    print(note, file=sys.stderr)
     for batch in map(int, args.batch_sizes.split(",")):
         try:
             row = measure(args, name, batch, params)
@@ -171,7 +185,8 @@ def work(args: argparse.Namespace) -> None:
 
 def failed(args: argparse.Namespace, name: str, batch: int, reason: str) -> Row:
     """A row without figures."""
-    return Row(args.shape, name, args.kv_cache_dtype, batch, args.context, error=reason)
+    settings = args.shape, name, args.kv_cache_dtype, batch, args.context, args.backend
+    return Row(*settings, error=reason)
 
 
 def run_format(args: argparse.Namespace, name: str) -> list[Row]:

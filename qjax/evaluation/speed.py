@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from qjax.evaluation.perplexity import KVFormats
@@ -12,6 +13,7 @@ from qjax.models.decoder import Decoder
 from qjax.sampling import SamplingParams
 from qjax.serving.engine import Engine, EngineConfig, EngineStats
 from qjax.serving.scheduler import Request
+from qjax.serving.weights import prepare_weights
 from qjax.typing import Params
 
 
@@ -57,6 +59,8 @@ def measure_speed(
         max_model_len=prompt_tokens + new_tokens,
         decode_block=min(32, new_tokens - 1),
     )
+    # A copy of the dictionaries: the caller keeps its weights.
+    params, _ = prepare_weights(jax.tree.map(lambda leaf: leaf, params), module.dtype)
     engine = Engine(module, params, config, kv_format, static_scales=static_scales)
     rng = np.random.default_rng(0)
     shape = (batch_size, prompt_tokens)

@@ -96,15 +96,25 @@ class Attention(nn.Module):
                 "keys have no bias that could be left out"
             )
 
-        def project(name: str, heads: int, add_bias: bool = True) -> jax.Array:
-            dense = QuantDense(
-                heads * self.head_dim, self.use_bias, add_bias=add_bias, name=name, **common
-            )
-            return dense(x).reshape(b, t, heads, self.head_dim)
-
-        q = project("q_proj", self.num_q_heads)
-        k = project("k_proj", self.num_kv_heads, add_bias=not unbiased)
-        v = project("v_proj", self.num_kv_heads)
+        heads = (self.num_q_heads, self.num_kv_heads, self.num_kv_heads)
+        add_bias = (self.use_bias, self.use_bias and not unbiased, self.use_bias)
+        sizes = [self.head_dim * count for count in heads]
+        if self.has_variable("params", "qkv_proj"):
+            joined = QuantDense(sum(sizes), name="qkv_proj", **common)(x)
+            parts = jnp.split(joined, [sizes[0], sizes[0] + sizes[1]], axis=-1)
+            parts = [
+                part + self._bias(name).reshape(1, 1, -1) if wanted else part
+                for part, name, wanted in zip(parts, "qkv", add_bias, strict=True)
+            ]
+        else:
+            parts = [
+                QuantDense(size, self.use_bias, add_bias=wanted, name=f"{name}_proj", **common)(x)
+                for size, name, wanted in zip(sizes, "qkv", add_bias, strict=True)
+            ]
+        q, k, v = (
+            part.reshape(b, t, count, self.head_dim)
+            for part, count in zip(parts, heads, strict=True)
+        )
         if self.qk_norm:
             q = RMSNorm(self.norm_eps, self.dtype, self.param_dtype, name="q_norm")(q)
             k = RMSNorm(self.norm_eps, self.dtype, self.param_dtype, name="k_norm")(k)
@@ -142,6 +152,10 @@ class Attention(nn.Module):
         )
         taps = {"q_proj": x, "k_proj": x, "v_proj": x, "o_proj": out, "keys": k, "values": v}
         return o_proj(out), cache, taps
+
+    def _bias(self, name: str) -> jax.Array:
+        """Bias of a projection that is joined with others, which keep their own."""
+        return self.get_variable("params", f"{name}_proj")["bias"].astype(self.dtype)
 
     def _key_bias(self) -> KeyBias:
         """What keys in the cache lack; in float32, since nothing forces it into fewer bits."""

@@ -104,8 +104,20 @@ class GatedMLP(nn.Module):
             "param_dtype": self.param_dtype,
             "backend": self.backend,
         }
-        gate = QuantDense(self.intermediate_size, name="gate_proj", **common)(x)
-        up = QuantDense(self.intermediate_size, name="up_proj", **common)(x)
+        if self.has_variable("params", "gate_up_proj"):
+            joined = {**common, "use_bias": False}
+            both = QuantDense(2 * self.intermediate_size, name="gate_up_proj", **joined)(x)
+            gate, up = jnp.split(both, 2, axis=-1)
+            if self.use_bias:
+                gate, up = gate + self._bias("gate_proj"), up + self._bias("up_proj")
+        else:
+            gate = QuantDense(self.intermediate_size, name="gate_proj", **common)(x)
+            up = QuantDense(self.intermediate_size, name="up_proj", **common)(x)
         hidden = nn.silu(gate) * up
         down = QuantDense(x.shape[-1], init_std=self.out_init_std, name="down_proj", **common)
         return down(hidden), {"gate_proj": x, "up_proj": x, "down_proj": hidden}
+
+    def _bias(self, name: str) -> jax.Array:
+        """Bias of a projection that is joined with another, which keeps its own."""
+        bias = self.get_variable("params", name)["bias"]
+        return bias.astype(self.dtype).reshape(1, 1, -1)

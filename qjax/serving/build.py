@@ -14,6 +14,7 @@ from qjax.formats import parse_format
 from qjax.serving.engine import Engine, EngineConfig
 from qjax.serving.key_bias import describe, leave_out_biases
 from qjax.serving.settings import kv_formats, parse_layers
+from qjax.serving.weights import prepare_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ def engine_config(
     max_running_requests: int | None = None,
     max_total_tokens: int | None = None,
     chunked_prefill_size: int | None = None,
+    prefix_cache: bool = True,
 ) -> EngineConfig:
     """Sizes of an engine; None for what suits the default device.
 
@@ -53,6 +55,7 @@ def engine_config(
       max_running_requests: Slots; 8 on CPU, 32 on GPU.
       max_total_tokens: Tokens in the whole KV cache; all slots at their longest.
       chunked_prefill_size: Prompt tokens per pass; 256 on CPU, 2048 on GPU.
+      prefix_cache: Share pages of prompts that begin alike.
 
     Raises:
       ValueError: If a size is out of range.
@@ -74,6 +77,7 @@ def engine_config(
         page_size=page_size,
         num_pages=pages,
         chunked_prefill_size=chunked_prefill_size,
+        prefix_cache=prefix_cache,
     )
 
 
@@ -123,9 +127,12 @@ def build_engine(
     formats, biases = leave_out_biases(formats, model.params, model.config, given)
     if biases and on_note is not None:
         on_note(describe(biases))
+    params, note = prepare_weights(model.params, model.module.dtype)
+    if on_note is not None and jax.devices()[0].platform == "gpu":
+        on_note(note)
     engine = Engine(
         model.module,
-        model.params,
+        params,
         config,
         formats,
         static_scales=scales,

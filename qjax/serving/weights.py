@@ -1,0 +1,69 @@
+"""Weights as inference wants them on this device."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import jax.numpy as jnp
+
+from qjax._device import device_info, mosaic_gpu_unsupported_reason
+from qjax.models.fusion import fuse_layer
+from qjax.ops.packed import PackedWeight, pack_tree
+from qjax.quantize import is_quantized
+from qjax.typing import DType, Params
+
+
+def prepare_weights(
+    params: Params, dtype: DType, *, fuse: bool | None = None, pack: bool | None = None
+) -> tuple[Params, str]:
+    """Join projections that read the same input, and pack what the GPU's kernels take.
+
+    Layer by layer; the given dictionaries give up their kernels on the way, so that the model is
+    not in memory twice. For one device: joined and packed weights are not sharded.
+
+    Args:
+      params: Parameters of a ``Decoder``, plain or quantized. Not to be used afterwards.
+      dtype: Compute type of the model, which is that of the activations.
+      fuse: Whether to join projections; None does on GPUs, where launches count.
+      pack: Whether to pack for the Mosaic GPU kernels; None does where they run.
+
+    Returns:
+      The parameters, and a line on what was done.
+    """
+    dtype = jnp.dtype(dtype)
+    if fuse is None:
+        fuse = device_info().platform == "gpu"
+    reason = mosaic_gpu_unsupported_reason()
+    if reason is None and dtype not in (jnp.bfloat16, jnp.float16):
+        reason = f"the kernels take 16-bit activations and the model computes in {dtype}"
+    pack = reason is None if pack is None else pack
+    model = params["model"]
+    left: Counter[str] = Counter()
+    for name in [name for name in model if name.startswith("layers_")]:
+        layer = model.pop(name)
+        if fuse:
+            layer, notes = fuse_layer(layer)
+            left.update(notes)
+        model[name] = pack_tree(layer) if pack else layer
+    if pack and "lm_head" in params:
+        params["lm_head"] = pack_tree(params["lm_head"])
+    return params, _describe(params, fuse, reason if not pack else None, left)
+
+
+def _describe(params: Params, fuse: bool, reason: str | None, left: Counter[str]) -> str:
+    import jax
+
+    leaves = jax.tree.leaves(
+        params, is_leaf=lambda leaf: is_quantized(leaf) or isinstance(leaf, PackedWeight)
+    )
+    packed = sum(isinstance(leaf, PackedWeight) for leaf in leaves)
+    quantized = sum(is_quantized(leaf) for leaf in leaves)
+    parts = [f"{packed} of {packed + quantized} quantized matrices use Mosaic GPU kernels"]
+    if packed + quantized == 0:
+        parts = ["no quantized matrices"]
+    elif reason is not None:
+        parts.append(f"XLA multiplies ({reason})")
+    if fuse:
+        parts.append("q, k, v and gate, up are joined")
+        parts += [f"not in {count} layers: {note}" for note, count in left.items()]
+    return "; ".join(parts)
