@@ -81,8 +81,8 @@ class Emitted:
         )
         def emit(_: Any, queries: Any, factors: Any, row: Any) -> Any:
             p = _ptx.Ptx()
-            addresses = map(_ptx.global_address, (queries, factors))
-            loaded, scales = _paged_tile.load_queries(p, tile, *addresses, _scalar(row))
+            at_queries, at_factors = map(_ptx.global_address, (queries, factors))
+            loaded, scales = _paged_tile.load_queries(p, tile, at_queries, at_factors, _scalar(row))
             state = State.start(p, tile).registers()
             return _pack(loaded, jnp.int32), _pack(scales, jnp.float32), _pack(state, jnp.float32)
 

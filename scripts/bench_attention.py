@@ -1,0 +1,526 @@
+"""Time of decode attention over a paged KV cache, by format, context and batch.
+
+For every case, format and backend: the result is first compared with float32 attention of the
+dequantized keys and values (some sequences of the batch), then timed on the device (the sum of all
+kernel durations of a call by CUPTI on NVIDIA GPUs, wall time elsewhere). Pages are random, in
+random order, and calls take turns on different pages, so that no cache serves them. Every format
+and backend runs in a process of its own, with a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax._device import device_info
+from qjax.kv_cache import QuantizedKVCache
+from qjax.kv_format import KVFormat, parse_kv_format
+from qjax.ops._paged import decode_by_kernel, decode_problem, paged_attention_unsupported_reason
+from qjax.ops.attention import paged_attention
+from qjax.ops.kv import quantize_kv, read, scale_of
+from qjax.pallas_kernels import paged_decode
+
+BACKENDS = ("mosaic_gpu", "xla")
+MAX_ERROR = 5e-3
+"""Largest relative error that is timed: probabilities and result rounded to bfloat16 once each
+(1.65e-3 times the root of 2), with room for peaked rows."""
+
+EPILOG = """\
+examples
+  python scripts/bench_attention.py --output rows.jsonl --plot attention.png
+  python scripts/bench_attention.py --cases 128x2 --formats int8-dynamic --q-heads 4 \\
+      --kv-heads 2 --head-dim 64 --backends xla                            (on any machine)
+
+columns
+  TB/s     bytes of visible keys and values with their scales over the time
+  floor    those bytes over the memory rate (--rate, or the data sheet), over the time
+  vs bf16  time of bf16 pages on the same backend over the time
+  vs xla   time of the xla backend over the time, same format
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--cases",
+        default="8192x64,8192x16,8192x1,1024x64,1024x16,1024x1,32768x1",
+        help="CONTEXTxBATCH (%(default)s)",
+    )
+    add(
+        "--formats",
+        default="bf16,fp8_e4m3-static,fp8_e4m3-dynamic,fp8_e5m2-static,int8-static,int8-dynamic,"
+        "int4-dynamic",
+        help="of the pages: NAME or NAME-MODE (%(default)s)",
+    )
+    add("--backends", default=",".join(BACKENDS), help="(%(default)s)")
+    add("--q-heads", type=int, default=32, help="(%(default)s)")
+    add("--kv-heads", type=int, default=8, help="(%(default)s)")
+    add("--head-dim", type=int, default=128, help="(%(default)s)")
+    add("--page-size", type=int, default=64, help="(%(default)s)")
+    add("--window", type=int, help="sliding window")
+    add("--dtype", default="bfloat16", help="of the queries (%(default)s)")
+    add("--search", type=int, default=0, metavar="N", help="also time N configs of the kernel")
+    add(
+        "--rate",
+        type=float,
+        help="memory rate in TB/s for the floor; the data sheet's if not given",
+    )
+    add("--rotate-mb", type=float, default=512.0, help="pages to rotate over (%(default)s)")
+    add("--launches", type=int, default=24, help="launches per measurement (%(default)s)")
+    add("--time-limit", type=float, default=120.0, help="seconds per process (%(default)s)")
+    add("--total-limit", type=float, default=900.0, help="seconds for all (%(default)s)")
+    add("--output", metavar="FILE.jsonl", help="append rows here as they are measured")
+    add("--plot", metavar="FILE.png", help="draw the time of every case over its floor")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement, or why there is none: ``skipped`` (no such kernel) or ``error``."""
+
+    context: int
+    batch: int
+    format: str
+    backend: str
+    device: str = ""
+    jax: str = jax.__version__
+    timing: str | None = None
+    us: float | None = None
+    spread: float | None = None
+    kernels: int | None = None
+    megabytes: float | None = None
+    tb_per_s: float | None = None
+    floor_us: float | None = None
+    relative_error: float | None = None
+    config: str | None = None
+    config_source: str | None = None
+    skipped: str | None = None
+    error: str | None = None
+
+
+def case_of(text: str) -> tuple[int, int]:
+    """``(context, batch)`` of ``CONTEXTxBATCH``.
+
+    Raises:
+      ValueError: If it is not of that form.
+    """
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"case {text!r} must be CONTEXTxBATCH, such as 8192x64")
+    return int(parts[0]), int(parts[1])
+
+
+def format_of(text: str) -> KVFormat:
+    """Format of ``NAME`` or ``NAME-MODE``.
+
+    Raises:
+      ValueError: If it is unknown.
+    """
+    name, _, mode = text.partition("-")
+    return parse_kv_format(name, mode=mode or "dynamic", model_dtype=jnp.bfloat16)
+
+
+def device_seconds(
+    calls: Sequence[Callable[[], Any]], launches: int
+) -> tuple[list[float], str, int | None]:
+    """Time of each launch, cycling through the calls; kernel durations where they can be had.
+
+    Returns:
+      ``(seconds, "cupti" or "wall", kernels per launch)``.
+    """
+    jax.block_until_ready([call() for call in calls])
+    if jax.devices()[0].platform != "gpu":
+        seconds = []
+        for i in range(launches):
+            begin = time.perf_counter()
+            jax.block_until_ready(calls[i % len(calls)]())
+            seconds.append(time.perf_counter() - begin)
+        return seconds, "wall", None
+    # Through the profiler's own module: its public `measure` cannot change operands between calls.
+    profiler: Any = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
+    cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+    cupti._cupti_init()
+    try:
+        out = [calls[i % len(calls)]() for i in range(launches)]
+        jax.block_until_ready(out)
+    finally:
+        kernels = cupti._cupti_get_timings(True)
+    count, rest = divmod(len(kernels), launches)
+    if not count or rest:
+        raise RuntimeError(f"{len(kernels)} kernels in {launches} launches: not the same in each")
+    times = [ms for _, ms in kernels]
+    seconds = [sum(times[i * count : (i + 1) * count]) * 1e-3 for i in range(launches)]
+    return seconds, "cupti", count
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _random_pages(fmt: KVFormat, shape: tuple[int, ...], key: jax.Array) -> tuple[Any, Any]:
+    """Codes ``[n, kv_heads, page, ...]`` of normal values and, per token, their scales."""
+    x = jax.random.normal(key, shape)
+    absmax = jnp.max(jnp.abs(x), axis=-1)
+    if not fmt.quantized:
+        return quantize_kv(x, None, jnp.full((*absmax.shape, 1), fmt.bound), fmt), None
+    scale = scale_of(absmax, fmt) if fmt.stores_scales else jnp.full(absmax.shape, 6 / fmt.bound)
+    codes = quantize_kv(x, scale[..., None], absmax[..., None], fmt)
+    return codes, scale if fmt.stores_scales else None
+
+
+def random_cache(
+    args: argparse.Namespace, fmt: KVFormat, context: int, batch: int, rotate: bool
+) -> tuple[QuantizedKVCache, list[jax.Array]]:
+    """A cache full of random values, and tables that each give every sequence its own pages."""
+    per_seq = -(-context // args.page_size)
+    needed = batch * per_seq
+    copies = 1
+    if rotate:
+        page_bytes = 2 * args.kv_heads * args.page_size * args.head_dim * fmt.bits // 8
+        copies = int(np.clip(args.rotate_mb * 1e6 // (needed * page_bytes) + 1, 1, 64))
+    static = None
+    if fmt.mode == "static":
+        scale = np.full(args.kv_heads, 6 / fmt.bound)
+        static = [(scale, scale)]
+    cache = QuantizedKVCache.init(
+        num_layers=1,
+        num_kv_heads=args.kv_heads,
+        head_dim=args.head_dim,
+        num_pages=needed * copies,
+        page_size=args.page_size,
+        max_seqs=batch,
+        pages_per_seq=per_seq,
+        fmt=fmt,
+        static_scales=static,
+    )
+    step = max(1, 2**26 // (args.kv_heads * args.page_size * args.head_dim))
+    made: list[Any] = []
+    for seed in (0, 1):
+        parts = []
+        for first in range(0, cache.num_pages, step):
+            n = min(step, cache.num_pages - first)
+            shape = (n, args.kv_heads, args.page_size, args.head_dim)
+            key = jax.random.fold_in(jax.random.key(seed), first)
+            parts.append(_random_pages(fmt, shape, key))
+        codes = jnp.concatenate([p[0] for p in parts])
+        scales = jnp.concatenate([p[1] for p in parts]) if fmt.stores_scales else None
+        made.append((codes, scales))
+        del parts
+    (keys, key_scales), (values, value_scales) = made
+    cache = dataclasses.replace(cache, keys=(keys,), values=(values,))
+    if fmt.stores_scales:
+        cache = dataclasses.replace(cache, key_scales=(key_scales,), value_scales=(value_scales,))
+    order = np.random.default_rng(0).permutation(cache.num_pages).astype(np.int32)
+    tables = [jnp.asarray(t) for t in order.reshape(copies, batch, per_seq)]
+    return cache.with_page_table(tables[0]), tables
+
+
+def relative_error(
+    out: jax.Array, q: jax.Array, cache: QuantizedKVCache, context: int, window: int | None
+) -> float:
+    """``|out - ref| / |ref|`` of at most two sequences, float32 attention of the stored values."""
+    rows = min(2, q.shape[0])
+    first = 0 if window is None else max(0, context - window)
+
+    @jax.jit
+    def error(out: jax.Array, q: jax.Array, cache: QuantizedKVCache) -> jax.Array:
+        k, v = read(cache, 0, jnp.arange(rows, dtype=jnp.int32), context)
+        k, v = k[:, first:], v[:, first:]
+        heads = cache.num_kv_heads
+        wide = q[:rows, 0].astype(jnp.float32).reshape(rows, heads, -1, q.shape[-1])
+        exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        p = jax.nn.softmax(exact("bhgd,bthd->bhgt", wide, k) * q.shape[-1] ** -0.5, axis=-1)
+        reference = exact("bhgt,bthd->bhgd", p, v).reshape(out[:rows].shape)
+        difference = out[:rows].astype(jnp.float32) - reference
+        return jnp.linalg.norm(difference) / jnp.linalg.norm(reference)
+
+    return float(error(out, q, cache))
+
+
+def measure(args: argparse.Namespace, row: Row) -> list[Row]:
+    """Check and time one case; the fastest config, and every one that failed."""
+    fmt = format_of(row.format)
+    on_gpu = jax.devices()[0].platform == "gpu"
+    kernel = row.backend == "mosaic_gpu"
+    shape = (row.batch, 1, args.q_heads, args.head_dim)
+    q = jax.random.normal(jax.random.key(7), shape).astype(args.dtype)
+    # The xla form goes through all pages there are: it gets one set, which has to be large.
+    cache, tables = random_cache(args, fmt, row.context, row.batch, on_gpu and kernel)
+    configs: list[tuple[Any, str]] = [(None, "xla")]
+    if kernel:
+        reason = paged_attention_unsupported_reason(q, cache, 0)
+        if reason is not None:
+            return [dataclasses.replace(row, skipped=reason)]
+        problem = decode_problem(q, cache, 0)
+        configs = [(paged_decode.heuristic_config(problem), "heuristic")]
+        others = [c for c in paged_decode.search_space(problem) if c != configs[0][0]]
+        step = max(1, len(others) // max(1, args.search))
+        configs += [(other, "search") for other in others[::step][: args.search]]
+    found = []
+    for config, source in configs:
+        named = None if config is None else str(config)
+        one = dataclasses.replace(row, config=named, config_source=source)
+        try:
+            found.append(_time_one(args, one, fmt, q, cache, tables, config))
+        except Exception as error:  # whatever it is, it is a finding, and the others go on
+            lines = str(error).strip().splitlines() or [""]
+            message = f"{type(error).__name__}: {lines[0][:300]}"
+            found.append(dataclasses.replace(one, error=message))
+    timed = [row for row in found if row.us is not None]
+    best = [min(timed, key=lambda row: row.us or 0.0)] if timed else []
+    return best + [row for row in found if row.error is not None]
+
+
+def _time_one(
+    args: argparse.Namespace,
+    row: Row,
+    fmt: KVFormat,
+    q: jax.Array,
+    cache: QuantizedKVCache,
+    tables: Sequence[jax.Array],
+    config: paged_decode.Config | None,
+) -> Row:
+    slots = jnp.arange(row.batch, dtype=jnp.int32)
+    lengths = jnp.full((row.batch,), row.context, jnp.int32)
+    scale = args.head_dim**-0.5
+
+    def attend(q: jax.Array, cache: QuantizedKVCache, lengths: jax.Array) -> jax.Array:
+        positions = lengths[:, None] - 1
+        if config is None:
+            return paged_attention(
+                q,
+                cache,
+                0,
+                positions,
+                slots,
+                lengths,
+                scale=scale,
+                window=args.window,
+                backend=row.backend,
+            )
+        grouped = q.reshape(row.batch, args.kv_heads, -1, args.head_dim)
+        out = decode_by_kernel(
+            grouped, cache, 0, positions, slots, lengths, scale, args.window, config=config
+        )
+        return out.reshape(q.shape)
+
+    compiled = jax.jit(attend).lower(q, cache, lengths).compile()
+    error = relative_error(compiled(q, cache, lengths), q, cache, row.context, args.window)
+    row = dataclasses.replace(row, relative_error=error)
+    if not error < MAX_ERROR:
+        return dataclasses.replace(row, error=f"wrong: relative error {error:.2e}, not timed")
+    caches = [cache.with_page_table(table) for table in tables]
+    seconds, timing, kernels = device_seconds(
+        [lambda c=c: compiled(q, c, lengths) for c in caches], max(args.launches, len(caches))
+    )
+    median = statistics.median(seconds)
+    seen = row.context if args.window is None else min(args.window, row.context)
+    size = args.head_dim * fmt.bits / 8 + (4 if fmt.stores_scales else 0)
+    moved = 2 * row.batch * seen * args.kv_heads * size
+    rate = args.rate
+    if rate is None:
+        peaks = device_info().peaks
+        rate = None if peaks is None else peaks.bytes_per_s / 1e12
+    return dataclasses.replace(
+        row,
+        device=device_info().kind,
+        timing=timing,
+        us=median * 1e6,
+        spread=(max(seconds) - min(seconds)) / median,
+        kernels=kernels,
+        megabytes=moved / 1e6,
+        tb_per_s=moved / median / 1e12,
+        floor_us=None if rate is None else moved / rate / 1e6,
+    )
+
+
+def work(args: argparse.Namespace) -> None:
+    """In a child process: one format on one backend; a JSON line per case."""
+    for case in args.cases.split(","):
+        context, batch = case_of(case)
+        for done in measure(args, Row(context, batch, args.formats, args.backends)):
+            print(json.dumps(dataclasses.asdict(done)), flush=True)
+
+
+def run_child(args: argparse.Namespace, name: str, backend: str, limit: float) -> list[Row]:
+    """Measure one format on one backend in a child process."""
+    command = [sys.executable, __file__, "--worker", "--formats", name, "--backends", backend]
+    for flag in (
+        "cases",
+        "q_heads",
+        "kv_heads",
+        "head_dim",
+        "page_size",
+        "window",
+        "dtype",
+        "search",
+        "rate",
+        "rotate_mb",
+        "launches",
+    ):
+        value = getattr(args, flag)
+        if value is not None:
+            command += [f"--{flag.replace('_', '-')}", str(value)]
+    reason = "the process ended without a result"
+    output = ""
+    if limit <= 0:
+        reason = f"not started: --total-limit {args.total_limit:g} s is over"
+    else:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+            output = done.stdout
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or [reason])[-1][:300]
+        except subprocess.TimeoutExpired as expired:
+            stdout = expired.stdout or b""
+            output = stdout.decode() if isinstance(stdout, bytes) else stdout
+            reason = f"not finished within {limit:g} s"
+    lines = [line for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
+    rows = [Row(**json.loads(line)) for line in lines]
+    measured = {(row.context, row.batch) for row in rows}
+    for case in args.cases.split(","):
+        if case_of(case) not in measured:
+            rows.append(Row(*case_of(case), name, backend, error=reason))
+    return rows
+
+
+def ratios(rows: Sequence[Row]) -> dict[Row, tuple[float | None, float | None]]:
+    """Per measured row: time of bf16 on its backend, and of its format on xla, over its time."""
+    times = {(r.context, r.batch, r.format, r.backend): r.us for r in rows if r.us is not None}
+    result = {}
+    for row in rows:
+        if row.us is None:
+            continue
+        bf16 = times.get((row.context, row.batch, "bf16", row.backend))
+        xla = times.get((row.context, row.batch, row.format, "xla"))
+        result[row] = (bf16 and bf16 / row.us, xla and xla / row.us)
+    return result
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table."""
+    found = ratios(rows)
+    lines = [
+        "| context | batch | format | backend | us | TB/s | floor | vs bf16 | vs xla | error "
+        "| config |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    for row in rows:
+        head = f"| {row.context} | {row.batch} | {row.format} | {row.backend} |"
+        if row.us is None:
+            lines.append(f"{head} {row.error or f'skipped: {row.skipped}'} |||||||")
+            continue
+        floor = None if row.floor_us is None else row.floor_us / row.us
+        bf16, xla = found[row]
+        lines.append(
+            f"{head} {row.us:.2f} | {row.tb_per_s:.3f} | {number(floor, '.1%')} | "
+            f"{number(bf16, '.2f')} | {number(xla, '.2f')} | {row.relative_error:.1e} | "
+            f"{row.config or '-'} |"
+        )
+    return lines
+
+
+def plot(rows: Sequence[Row], path: str) -> None:
+    """One group per case, a bar per format: the kernel's rate, and the XLA form's hatched."""
+    matplotlib: Any = importlib.import_module("matplotlib")
+    matplotlib.use("Agg")
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    cases = list(dict.fromkeys((row.context, row.batch) for row in rows))
+    kinds = list(dict.fromkeys((row.format, row.backend) for row in rows))
+    figure, axis = pyplot.subplots(figsize=(2 + 1.6 * len(cases), 4.5))
+    width = 0.85 / len(kinds)
+    for i, (name, backend) in enumerate(kinds):
+        rate = {
+            (r.context, r.batch): r.tb_per_s
+            for r in rows
+            if (r.format, r.backend) == (name, backend)
+        }
+        heights = [rate.get(case) or 0.0 for case in cases]
+        places = [j + (i - (len(kinds) - 1) / 2) * width for j in range(len(cases))]
+        hatch = "//" if backend == "xla" else None
+        axis.bar(places, heights, width, label=f"{name} {backend}", hatch=hatch)
+    axis.set_xticks(range(len(cases)), [f"{c} x {b}" for c, b in cases])
+    axis.set(xlabel="context x batch", ylabel="TB/s of keys and values")
+    axis.legend(fontsize="x-small", ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what every child process would refuse.
+
+    Raises:
+      ValueError: With the value and what is possible.
+    """
+    for name in args.formats.split(","):
+        format_of(name)
+    for backend in args.backends.split(","):
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
+    for case in args.cases.split(","):
+        case_of(case)
+    if args.kv_heads < 1 or args.q_heads % args.kv_heads:
+        raise ValueError(f"--q-heads {args.q_heads} must be a multiple of --kv-heads")
+    if args.launches < 1 or args.search < 0:
+        raise ValueError("--launches must be at least 1 and --search at least 0")
+    if args.plot is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install 'qjax[plot]'")
+        if not pathlib.Path(args.plot).resolve().parent.is_dir():
+            raise ValueError(f"--plot {args.plot}: no such folder")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit code, 1 if any row failed."""
+    args = build_parser().parse_args(argv)
+    try:
+        check(args)
+    except ValueError as error:
+        print(f"bench_attention.py: error: {error}", file=sys.stderr)
+        return 2
+    if args.worker:
+        work(args)
+        return 0
+    begin = time.monotonic()
+    rows = []
+    # The kernel first: it is what a run that is cut short should have measured.
+    for backend in args.backends.split(","):
+        for name in args.formats.split(","):
+            left = args.total_limit - (time.monotonic() - begin)
+            for row in run_child(args, name, backend, min(left, args.time_limit)):
+                rows.append(row)
+                line = json.dumps(dataclasses.asdict(row))
+                print(line, flush=True)
+                if args.output is not None:
+                    with open(args.output, "a", encoding="utf-8") as file:
+                        file.write(line + "\n")
+    print("\n" + "\n".join(table(rows)))
+    if args.plot is not None:
+        plot(rows, args.plot)
+    return int(any(row.error for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
