@@ -2,7 +2,9 @@
 
 Every layer has its own page arrays, so that a model with unrolled layers updates a donated cache in
 place. A page holds ``page_size`` tokens of one sequence; ``page_table[slot, i]`` is the page of
-tokens ``i * page_size ...`` of the sequence in that slot. A page belongs to one slot at a time.
+tokens ``i * page_size ...`` of the sequence in that slot. A page belongs to one slot at a time,
+unless the cache is made with ``share_pages``: then full pages, which nobody writes to any more, may
+stand in the rows of several sequences that begin with the same tokens.
 
 The functions that write and read tokens are in ``qjax.ops.kv``.
 """
@@ -45,6 +47,9 @@ class QuantizedKVCache:
       running: Per layer: None, or float32 ``[2, max_seqs, kv_heads]`` (tracked): decayed running
         absmax of keys and values of the sequence in each slot. Per slot, so that a sequence's
         result never depends on the rest of the batch.
+      page_running: Per layer: None, or float32 ``[num_pages, 2, kv_heads]`` (tracked, with
+        ``share_pages``): ``running`` after the last token of each full page, from which a sequence
+        that takes over the page goes on.
       layer_absmax: Per layer float32 ``[2, kv_heads]``: largest finite magnitude of keys and values
         ever written.
       layer_saturated: Per layer int32 ``[2]``: key and value elements that were clipped or were not
@@ -55,6 +60,7 @@ class QuantizedKVCache:
         there are dropped.
       formats: Static. Format per layer.
       page_size: Static. Tokens per page.
+      share_pages: Static. Whether sequences may share full pages.
     """
 
     keys: tuple[Array, ...]
@@ -62,12 +68,14 @@ class QuantizedKVCache:
     key_scales: tuple[Array | None, ...]
     value_scales: tuple[Array | None, ...]
     running: tuple[Array | None, ...]
+    page_running: tuple[Array | None, ...]
     layer_absmax: tuple[Array, ...]
     layer_saturated: tuple[Array, ...]
     layer_underflowed: tuple[Array, ...]
     page_table: Array
     formats: tuple[KVFormat, ...] = dataclasses.field(metadata=_static())
     page_size: int = dataclasses.field(metadata=_static())
+    share_pages: bool = dataclasses.field(default=False, metadata=_static())
 
     @classmethod
     def init(
@@ -82,6 +90,7 @@ class QuantizedKVCache:
         pages_per_seq: int,
         fmt: KVFormat | Sequence[KVFormat],
         static_scales: StaticScales | None = None,
+        share_pages: bool = False,
     ) -> QuantizedKVCache:
         """An empty cache with an unassigned page table.
 
@@ -96,6 +105,7 @@ class QuantizedKVCache:
           fmt: One format for all layers, or one per layer.
           static_scales: Per layer ``(key scale, value scale)`` for layers in mode ``static`` (a
             scalar for granularity ``tensor``, ``[kv_heads]`` for ``head``) and None for the others.
+          share_pages: Let sequences share full pages.
 
         Returns:
           The cache. No page is assigned: give it a table with ``with_page_table``.
@@ -145,12 +155,19 @@ class QuantizedKVCache:
                 jnp.zeros((2, max_seqs, num_kv_heads), jnp.float32) if f.mode == "tracked" else None
                 for f in formats
             ),
+            page_running=tuple(
+                jnp.zeros((num_pages, 2, num_kv_heads), jnp.float32)
+                if f.mode == "tracked" and share_pages
+                else None
+                for f in formats
+            ),
             layer_absmax=tuple(jnp.zeros((2, num_kv_heads), jnp.float32) for _ in formats),
             layer_saturated=tuple(jnp.zeros((2,), jnp.int32) for _ in formats),
             layer_underflowed=tuple(jnp.zeros((2,), jnp.int32) for _ in formats),
             page_table=jnp.full((max_seqs, pages_per_seq), num_pages, jnp.int32),
             formats=formats,
             page_size=page_size,
+            share_pages=share_pages,
         )
 
     @property
@@ -221,7 +238,8 @@ class QuantizedKVCache:
 
         Raises:
           ValueError: If the shape differs, or (checked for NumPy tables only, since a device array
-            would have to be waited for) an entry is out of range or a page is given twice.
+            would have to be waited for) an entry is out of range, or a page is given twice: at all
+            without ``share_pages``, to one sequence with it.
         """
         if tuple(table.shape) != self.page_table.shape:
             raise ValueError(
@@ -234,15 +252,16 @@ class QuantizedKVCache:
                     f"page table entries span {table.min()}..{table.max()}; they must be in "
                     f"0..{self.num_pages - 1}, or {self.num_pages} for an unused entry"
                 )
-            pages, counts = np.unique(table[table < self.num_pages], return_counts=True)
-            if (counts > 1).any():
-                raise ValueError(
-                    f"page {pages[counts > 1][0]} is in the page table {counts.max()} times; "
-                    "a page belongs to one sequence: give each its own"
-                )
+            for part in table if self.share_pages else [table]:
+                pages, counts = np.unique(part[part < self.num_pages], return_counts=True)
+                if (counts > 1).any():
+                    raise ValueError(
+                        f"page {pages[counts > 1][0]} is in the page table {counts.max()} times; "
+                        "a page belongs to one sequence: give each its own"
+                    )
         return dataclasses.replace(self, page_table=jnp.asarray(table, dtype=jnp.int32))
 
-    def reset_slots(self, mask: ArrayLike) -> QuantizedKVCache:
+    def reset_slots(self, mask: ArrayLike, lengths: ArrayLike | None = None) -> QuantizedKVCache:
         """Forget the running statistics of slots that a new sequence takes over.
 
         Pages need no clearing: attention reads no further than a sequence's length. ``absmax``,
@@ -250,20 +269,39 @@ class QuantizedKVCache:
 
         Args:
           mask: Bool ``[max_seqs]``, True for slots to reset.
+          lengths: int32 ``[max_seqs]``, tokens that the new sequences take over in full pages of
+            their rows of the page table, which others have written; multiples of ``page_size``.
+            None where there are none.
 
         Returns:
-          The cache with zero running statistics in these slots.
+          The cache where these slots have the statistics of a sequence of this length: zeros for 0.
 
         Raises:
-          ValueError: If the mask has another shape.
+          ValueError: If an argument has another shape, or there are lengths without
+            ``share_pages``.
         """
-        if tuple(mask.shape) != (self.max_seqs,):
-            raise ValueError(f"mask of shape {tuple(mask.shape)} must be ({self.max_seqs},)")
-        keep = jnp.logical_not(jnp.asarray(mask, dtype=bool))[None, :, None]
-        running = tuple(
-            None if r is None else jnp.where(keep, r, jnp.zeros_like(r)) for r in self.running
-        )
-        return dataclasses.replace(self, running=running)
+        for name, array in (("mask", mask), ("lengths", lengths)):
+            if array is not None and tuple(array.shape) != (self.max_seqs,):
+                raise ValueError(f"{name} of shape {tuple(array.shape)} must be ({self.max_seqs},)")
+        if lengths is not None and not self.share_pages:
+            raise ValueError("lengths need a cache that is made with share_pages=True")
+        chosen = jnp.asarray(mask, dtype=bool)[None, :, None]
+        entry = None
+        if lengths is not None:
+            # One page per slot: the last that is taken over; -1 becomes an unused entry.
+            last = jnp.asarray(lengths, dtype=jnp.int32) // self.page_size - 1
+            entry = jnp.take_along_axis(self.page_table, jnp.maximum(last, 0)[:, None], axis=1)
+            entry = jnp.where(last < 0, self.num_pages, entry[:, 0])
+        running = []
+        for old, at_pages in zip(self.running, self.page_running, strict=True):
+            if old is None:
+                running.append(None)
+                continue
+            start = jnp.zeros_like(old)
+            if at_pages is not None and entry is not None:
+                start = at_pages.at[entry].get(mode="fill", fill_value=0).swapaxes(0, 1)
+            running.append(jnp.where(chosen, start, old))
+        return dataclasses.replace(self, running=tuple(running))
 
 
 def _check_static_scales(

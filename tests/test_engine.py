@@ -268,7 +268,7 @@ def test_chunk_lengths_are_few_and_depend_on_the_prompt_alone():
 def test_first_come_first_served():
     """A long request at the head is not overtaken by short ones that would fit."""
     pages = PageTable(num_pages=8, page_size=4, max_seqs=3, pages_per_seq=8)
-    scheduler = Scheduler(pages, 3)
+    scheduler = Scheduler(pages, 3, 256)
     for i, new in enumerate([15, 27, 3]):
         scheduler.waiting.append(Task(i, Request((1,), SamplingParams(max_new_tokens=new))))
     (first,) = scheduler.admit()
@@ -285,7 +285,7 @@ def test_page_table_gives_every_page_once():
     held = pages.table[pages.table < 6]
     assert len(held) == len(set(held)) == 4 and pages.free_pages == 2
     assert not pages.fits(9) and pages.fits(8)
-    with pytest.raises(ValueError, match="length=9 needs 3 pages; 2 are free"):
+    with pytest.raises(ValueError, match="length=9 needs 3 pages, 0 of them shared; 2 are free"):
         pages.reserve(1, 9)
     with pytest.raises(ValueError, match="slot=0 still holds pages"):
         pages.reserve(0, 1)

@@ -30,6 +30,7 @@ _HEAD_AXIS = {
     "key_scales": 1,
     "value_scales": 1,
     "running": -1,
+    "page_running": -1,
     "layer_absmax": -1,
 }
 

@@ -7,8 +7,9 @@ per token and KV head::
 
 Two forms, chosen by shape. Decode (one token for every slot) is *page-major*: each page computes a
 partial softmax with the query of the sequence that owns it, and only the partial results are
-gathered by the page table, so keys and values are read once and never copied. Everything else
-gathers the pages of each sequence in chunks with an online softmax.
+gathered by the page table, so keys and values are read once and never copied (pages that sequences
+share are, while they do). Everything else gathers the pages of each sequence in chunks with an
+online softmax.
 
 On Hopper GPUs decode has a kernel (``pallas_kernels.paged_decode``) that reads the narrow values;
 what follows here is its specification, and runs everywhere.
@@ -206,48 +207,85 @@ def _decode(
     """Page-major form. ``q`` is ``[b, 1, kv_heads, ratio, head_dim]``; float32 result alike."""
     fmt, page_size = cache.formats[layer], cache.page_size
     dtype = _compute_dtype(q.dtype, fmt)
-    entries = jnp.arange(cache.pages_per_seq, dtype=jnp.int32)
+    rows, per_seq = q.shape[0], cache.pages_per_seq
+    entries = jnp.arange(per_seq, dtype=jnp.int32)
     table = jnp.take(cache.page_table, slots, axis=0, mode="clip")
-    # For every page the row of the batch that owns it and its index in that sequence. Rows without
-    # tokens own nothing, so a stale table row cannot claim another sequence's page.
+    # Rows without tokens own nothing, so a stale table row cannot claim another sequence's page.
     used = (entries[None, :] * page_size < lengths[:, None]) & (table >= 0)
     claim = jnp.where(used, table, cache.num_pages)
-    rows = jnp.broadcast_to(jnp.arange(q.shape[0], dtype=jnp.int32)[:, None], table.shape)
-    owner = jnp.zeros((cache.num_pages,), jnp.int32).at[claim].set(rows, mode="drop")
-    number = (
-        jnp.zeros((cache.num_pages,), jnp.int32)
-        .at[claim]
-        .set(jnp.broadcast_to(entries[None, :], table.shape), mode="drop")
-    )
+    owners = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], table.shape)
+    numbers = jnp.broadcast_to(entries[None, :], table.shape)
     offset = jnp.arange(page_size, dtype=jnp.int32)[None, :]
-    key_position = number[:, None] * page_size + offset
-    seen = _visible(key_position, positions[owner, 0][:, None], lengths[owner][:, None], window)[
-        :, None, None, :
-    ]
+    at_offsets = None if key_bias is None else key_bias.table(page_size)
 
-    with jax.named_scope("logits"):
-        k = decode_codes(cache.keys[layer], fmt, dtype)
-        logits = _contract("pkgd,pksd->pkgs", q[owner, 0].astype(dtype), k) * jnp.float32(scale)
-        logits = _times_scale(logits, cache.key_scales[layer], fmt, lambda s: s[:, :, None, :])
-        if key_bias is not None:
-            at_offsets = key_bias.table(page_size)
-            known = key_bias.logits(q[owner, 0], number * page_size, at_offsets)
-            logits = logits + known * jnp.float32(scale)
-        logits = _soft_capped(logits, soft_cap)
-    logits = jnp.where(seen, logits, -jnp.inf)
-    m = jnp.max(logits, axis=-1)
-    p = jnp.exp(logits - _finite(m)[..., None])
-    total = jnp.sum(p, axis=-1)
-    with jax.named_scope("values"):
-        p = _times_scale(p, cache.value_scales[layer], fmt, lambda s: s[:, :, None, :])
-        v = decode_codes(cache.values[layer], fmt, dtype)
-        partial = _contract("pkgs,pksd->pkgd", p.astype(dtype), v)
+    def softmax_of(
+        owner: Array, number: Array, pick: Callable[[Array], Array]
+    ) -> tuple[Array, Array, Array]:
+        """Maximum, sum and unnormalized result of pages by themselves: ``[pages, kv_heads, ratio]``
+        and ``head_dim``. Page ``i`` is the ``number[i]``-th of the sequence in row ``owner[i]``."""
+        key_position = number[:, None] * page_size + offset
+        seen = _visible(
+            key_position, positions[owner, 0][:, None], lengths[owner][:, None], window
+        )[:, None, None, :]
+        query, key_scales, value_scales = q[owner, 0], cache.key_scales[layer], None
+        if key_scales is not None:
+            value_scales = cast(Array, cache.value_scales[layer])
+            if fmt.stores_scales:
+                key_scales, value_scales = pick(key_scales), pick(value_scales)
+        with jax.named_scope("logits"):
+            k = decode_codes(pick(cache.keys[layer]), fmt, dtype)
+            logits = _contract("pkgd,pksd->pkgs", query.astype(dtype), k) * jnp.float32(scale)
+            logits = _times_scale(logits, key_scales, fmt, lambda s: s[:, :, None, :])
+            if key_bias is not None and at_offsets is not None:
+                known = key_bias.logits(query, number * page_size, at_offsets)
+                logits = logits + known * jnp.float32(scale)
+            logits = _soft_capped(logits, soft_cap)
+        logits = jnp.where(seen, logits, -jnp.inf)
+        m = jnp.max(logits, axis=-1)
+        p = jnp.exp(logits - _finite(m)[..., None])
+        total = jnp.sum(p, axis=-1)
+        with jax.named_scope("values"):
+            p = _times_scale(p, value_scales, fmt, lambda s: s[:, :, None, :])
+            v = decode_codes(pick(cache.values[layer]), fmt, dtype)
+            return m, total, _contract("pkgs,pksd->pkgd", p.astype(dtype), v)
 
+    def by_page() -> tuple[Array, Array, Array]:
+        """Every page once, with the query of the row that owns it."""
+        nobody = jnp.zeros((cache.num_pages,), jnp.int32)
+        owner = nobody.at[claim].set(owners, mode="drop")
+        number = nobody.at[claim].set(numbers, mode="drop")
+        m, total, out = softmax_of(owner, number, lambda pages: pages)
+        return (
+            m.at[claim].get(mode="fill", fill_value=-jnp.inf),
+            total.at[claim].get(mode="fill", fill_value=0),
+            out.at[claim].get(mode="fill", fill_value=0),
+        )
+
+    def by_entry() -> tuple[Array, Array, Array]:
+        """Pages of all rows, copied: the same numbers, also where rows share a page."""
+        flat = claim.reshape(-1)
+        m, total, out = softmax_of(
+            owners.reshape(-1),
+            numbers.reshape(-1),
+            lambda pages: jnp.take(pages, flat, axis=0, mode="clip"),
+        )
+        held = (flat < cache.num_pages)[:, None, None]
+        parts = (
+            jnp.where(held, m, -jnp.inf),
+            jnp.where(held, total, 0),
+            jnp.where(held[..., None], out, 0),
+        )
+        m, total, out = (x.reshape(rows, per_seq, *x.shape[1:]) for x in parts)
+        return m, total, out
+
+    if cache.share_pages:
+        claims = jnp.zeros((cache.num_pages,), jnp.int32).at[claim].add(1, mode="drop")
+        m, total, partial = jax.lax.cond(jnp.any(claims > 1), by_entry, by_page)
+    else:
+        m, total, partial = by_page()
     # Merge in page order: [b, entries, kv_heads, ratio].
-    m = m.at[claim].get(mode="fill", fill_value=-jnp.inf)
     weight = jnp.exp(m - _finite(jnp.max(m, axis=1, keepdims=True)))
-    total = jnp.sum(weight * total.at[claim].get(mode="fill", fill_value=0), axis=1)
-    partial = partial.at[claim].get(mode="fill", fill_value=0)
+    total = jnp.sum(weight * total, axis=1)
     out = jnp.sum(weight[..., None] * partial, axis=1)
     return _normalized(out, total)[:, None]
 

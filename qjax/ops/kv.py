@@ -128,7 +128,8 @@ def append(
     """Quantize tokens and store them in one layer, in place when the cache is donated.
 
     Each slot may occur in one row only and each position of a row once; tokens of a row are in the
-    order of the sequence. Under these rules any chunking of a sequence stores the same bits. A
+    order of the sequence; none goes to a page that sequences share, whose places are all written.
+    Under these rules any chunking of a sequence stores the same bits. A
     token that is not valid, or has no page (its position lies outside the table, its table entry
     is unused, its slot does not exist), changes nothing: neither pages nor statistics nor counters.
 
@@ -169,7 +170,7 @@ def append(
     def put(pages: Array, new: Array) -> Array:
         return pages.at[where].set(new, mode="drop", unique_indices=True)
 
-    pages, page_scales, seen, clipped, lost, running = [], [], [], [], [], []
+    pages, page_scales, seen, clipped, lost, limits = [], [], [], [], [], []
     old = ((keys, cache.keys, cache.key_scales), (values, cache.values, cache.value_scales))
     for index, (x, held, held_scales) in enumerate(old):
         held_scale = held_scales[layer]
@@ -189,7 +190,7 @@ def append(
                 statistic = cache.running[layer]
                 if statistic is not None:
                     limit = decay_scan(absmax, statistic[index, safe_slots], stored)
-                    running.append(limit[:, -1])
+                    limits.append(limit)
                 scale = scale_of(limit, fmt)
             wide = None if scale is None else scale[..., None]
             codes = quantize_kv(x, wide, limit[..., None], fmt)
@@ -224,11 +225,18 @@ def append(
     }
     statistic = cache.running[layer]
     if statistic is not None:
+        tracked = jnp.stack(limits)
         touched = jnp.any(stored, axis=1)
         target = jnp.where(touched, slots, cache.max_seqs + jnp.arange(b, dtype=jnp.int32))
         changes["running"] = statistic.at[jnp.arange(2)[:, None], target[None, :]].set(
-            jnp.stack(running), mode="drop", unique_indices=True
+            tracked[:, :, -1], mode="drop", unique_indices=True
         )
+        at_pages = cache.page_running[layer]
+        if at_pages is not None:
+            ends = jnp.where(stored & (positions % page_size == page_size - 1), page, beyond)
+            changes["page_running"] = at_pages.at[ends].set(
+                tracked.transpose(1, 2, 0, 3), mode="drop", unique_indices=True
+            )
     return dataclasses.replace(
         cache,
         **{name: _replaced(getattr(cache, name), layer, value) for name, value in changes.items()},

@@ -40,6 +40,7 @@ class Summary:
 
     Attributes:
       prefill_tokens: Prompt tokens processed.
+      reused_tokens: Prompt tokens that other prompts had put into the cache.
       prefill_rate: Prompt tokens per second, without compiling.
       decode_tokens: Tokens generated after each request's first.
       decode_rate: Of these per second, without compiling.
@@ -55,6 +56,7 @@ class Summary:
     """
 
     prefill_tokens: int
+    reused_tokens: int
     prefill_rate: float
     decode_tokens: int
     decode_rate: float
@@ -75,6 +77,7 @@ class Summary:
         token, token_bf16 = kv_bytes_per_token(cache)
         return cls(
             prefill_tokens=stats.prefill_tokens,
+            reused_tokens=stats.reused_tokens,
             prefill_rate=stats.prefill_rate,
             decode_tokens=stats.decode_tokens,
             decode_rate=stats.decode_rate,
@@ -93,8 +96,10 @@ class Summary:
         """Lines to print; the arguments name the formats."""
         size, kv = format_bytes(self.weight_bytes), format_bytes(self.kv_pool_bytes)
         ratio = self.weight_bytes / self.weight_bf16_bytes
+        shared = f"; {self.reused_tokens:,} more shared" if self.reused_tokens else ""
         rows = [
-            f"prefill    {self.prefill_rate:>10,.0f} tokens/s  ({self.prefill_tokens:,} tokens)",
+            f"prefill    {self.prefill_rate:>10,.0f} tokens/s  ({self.prefill_tokens:,} tokens"
+            f"{shared})",
             f"decode     {self.decode_rate:>10,.0f} tokens/s  ({self.decode_tokens:,} tokens)",
             f"compiling  {self.compile_seconds:>10.1f} s, not in these rates "
             f"({self.programs} programs)",

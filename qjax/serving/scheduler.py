@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from qjax.sampling import SamplingParams
 from qjax.serving.pages import PageTable
+from qjax.serving.prefix import PageKey, PrefixCache
 
 MIN_CHUNK = 16
 """Shortest prefill chunk that is compiled; shorter prompts are padded to it."""
@@ -40,6 +42,9 @@ class Task:
       request: The request.
       slot: Its slot while it runs, else None.
       prefilled: Prompt tokens that are in the cache.
+      reused: Of these the ones that another request put there.
+      started: Whether any of its prompt was processed.
+      keys: Of the full pages of its prompt that it may share; empty without a prefix cache.
       tokens: Tokens generated so far, with the end-of-sequence token if that ended it.
       finish_reason: ``stop`` (end-of-sequence token) or ``length`` once it has ended.
     """
@@ -48,6 +53,9 @@ class Task:
     request: Request
     slot: int | None = None
     prefilled: int = 0
+    reused: int = 0
+    started: bool = False
+    keys: list[PageKey] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
 
@@ -69,43 +77,112 @@ def chunk_length(remaining: int, largest: int) -> int:
     return min(length, largest)
 
 
+def chunk_at(position: int, prompt: int, largest: int) -> tuple[int, int]:
+    """Program length and end of the chunk that a token of a prompt is processed in.
+
+    Chunks begin at multiples of ``largest`` in every prompt, so that prompts which begin alike do
+    the same work for it.
+
+    Args:
+      position: Of the token.
+      prompt: Tokens of the prompt.
+      largest: Longest chunk.
+    """
+    begin = position // largest * largest
+    length = chunk_length(prompt - begin, largest)
+    return length, min(begin + length, prompt)
+
+
+def page_keys(prompt: Sequence[int], page_size: int, largest: int) -> list[PageKey]:
+    """Keys of the full pages of a prompt that it may share with others.
+
+    At least one token is left over: its logits choose the first new token.
+    """
+    keys = []
+    for start in range(0, (len(prompt) - 1) // page_size * page_size, page_size):
+        # All chunks but the last have the largest length, so the ends tell those between.
+        ends = (start, start + page_size - 1)
+        lengths = (chunk_at(position, len(prompt), largest)[0] for position in ends)
+        keys.append((*lengths, *prompt[start : start + page_size]))
+    return keys
+
+
 class Scheduler:
     """First come, first served: the first request that does not fit holds up those behind it.
 
     Attributes:
       waiting: Requests not yet admitted.
       running: The sequence in each slot, or None.
+      table_changed: Whether the page table has changed since this was set to False.
     """
 
-    def __init__(self, pages: PageTable, max_seqs: int) -> None:
+    def __init__(
+        self,
+        pages: PageTable,
+        max_seqs: int,
+        largest: int,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        """No request yet.
+
+        Args:
+          pages: Of the KV cache.
+          max_seqs: Slots.
+          largest: Longest prefill chunk.
+          prefix_cache: Where pages of earlier prompts are found, or None.
+        """
         self.pages = pages
+        self.largest = largest
+        self.prefix_cache = prefix_cache
         self.waiting: collections.deque[Task] = collections.deque()
         self.running: list[Task | None] = [None] * max_seqs
+        self.table_changed = False
 
     @property
     def has_work(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self.waiting) or any(self.running)
 
+    def submit(self, task: Task) -> None:
+        """Put a task in the waiting line."""
+        if self.prefix_cache is not None:
+            task.keys = page_keys(task.request.prompt, self.pages.page_size, self.largest)
+        self.waiting.append(task)
+
     def admit(self) -> list[Task]:
         """Move waiting requests into free slots while their pages are free."""
         admitted = []
         for slot, occupant in enumerate(self.running):
-            if not self.waiting or not self.pages.fits(self.waiting[0].request.total):
+            if not self.waiting:
                 break
             if occupant is None:
+                if not self._reserve(slot, self.waiting[0]):
+                    break
                 task = self.waiting.popleft()
-                self.pages.reserve(slot, task.request.total)
                 task.slot = slot
                 self.running[slot] = task
+                self.table_changed = True
                 admitted.append(task)
         return admitted
 
-    def next_chunks(self, largest: int, rows: int) -> tuple[int, list[Task]]:
+    def _reserve(self, slot: int, task: Task) -> bool:
+        """Give a task its pages, if there is room for it."""
+        if self.prefix_cache is None:
+            if not self.pages.fits(task.request.total):
+                return False
+            self.pages.reserve(slot, task.request.total)
+            return True
+        prefix = self.prefix_cache.match(task.keys)
+        if not self.prefix_cache.fits(task.request.total, prefix):
+            return False
+        self.prefix_cache.reserve(slot, task.request.total, prefix)
+        task.prefilled = task.reused = len(prefix) * self.pages.page_size
+        return True
+
+    def next_chunks(self, rows: int) -> tuple[int, list[Task]]:
         """Chunk length and sequences of the next prefill pass; ``(0, [])`` if none is needed.
 
         Args:
-          largest: Longest chunk.
           rows: Sequences per pass, at chunk length ``MIN_CHUNK``; halved as the length doubles.
 
         Returns:
@@ -117,13 +194,53 @@ class Scheduler:
         )
         if not unfinished:
             return 0, []
+        if self.prefix_cache is not None:
+            unfinished = self._share(unfinished, self.prefix_cache)
 
         def length_of(task: Task) -> int:
-            return chunk_length(len(task.request.prompt) - task.prefilled, largest)
+            return chunk_at(task.prefilled, len(task.request.prompt), self.largest)[0]
 
         length = length_of(unfinished[0])
         same = [s for s in unfinished if length_of(s) == length]
         return length, same[: rows_at(length, rows, len(self.running))]
+
+    def _share(self, unfinished: list[Task], cache: PrefixCache) -> list[Task]:
+        """Let tasks take over what was computed since they were admitted.
+
+        Returns:
+          The tasks without those for which waiting pays: a task before them is about to compute at
+          least half of what they need.
+        """
+        ready, next_pages = [], {}
+        for task in unfinished:
+            assert task.slot is not None
+            size = self.pages.page_size
+            if not task.started:
+                prefix = cache.match(task.keys)
+                if len(prefix) * size > task.prefilled:
+                    self.pages.share(task.slot, prefix)
+                    self.table_changed = True
+                    task.prefilled = task.reused = len(prefix) * size
+            have = task.prefilled // size
+            place = (have, *task.keys[have : have + 1])
+            ahead = next_pages.setdefault(place, task)
+            if ahead is not task and not task.started and have < len(task.keys):
+                pairs = itertools.takewhile(
+                    lambda p: p[0] == p[1], zip(ahead.keys, task.keys, strict=False)
+                )
+                gain = (len(list(pairs)) - have) * size
+                if 2 * gain >= len(task.request.prompt) - task.prefilled:
+                    continue
+            ready.append(task)
+        return ready
+
+    def chunk_done(self, task: Task, end: int) -> None:
+        """A task's prompt is in the cache up to ``end``; others may take it over."""
+        assert task.slot is not None
+        task.prefilled, task.started = end, True
+        if self.prefix_cache is not None:
+            filled = task.keys[: end // self.pages.page_size]
+            self.prefix_cache.insert(filled, self.pages.pages_of(task.slot))
 
     def decode_steps(self, block: int) -> int:
         """Steps of the next decode block.
