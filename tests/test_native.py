@@ -166,8 +166,8 @@ def test_damage_is_reported(
         load_native(tmp_path)
     folder = copy("version")
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "version": 2}))
-    with pytest.raises(CheckpointError, match="version=2; this qjax reads version 1"):
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "version": 3}))
+    with pytest.raises(CheckpointError, match="version=3; this qjax reads versions 1 and 2"):
         load_native(folder)
     path = "model/layers_0/self_attn/q_proj/kernel"
     for change, message in (

@@ -7,7 +7,8 @@ each device receives its own part only. A folder holds
 - ``qjax_checkpoint.json``: format of every parameter, and the KV cache scales;
 - ``params/``: the arrays, written by Orbax (OCDBT), 4-bit codes two to a byte.
 
-The folder appears whole or not at all. Nothing depends on the devices it was saved from.
+Weights packed for kernels (``PackedWeight``) are kept as they are, with the version of their
+layout. The folder appears whole or not at all. Nothing depends on the devices it was saved from.
 
 References:
   https://orbax.readthedocs.io
@@ -15,7 +16,6 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,22 +31,33 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.hf import NATIVE_MANIFEST, LoadedModel, Place
 from qjax.checkpoints.layout import model_leaves
+from qjax.checkpoints.native_manifest import (
+    PackingVersionError,
+    abstract,
+    describe,
+    is_leaf,
+    is_packed,
+    kv_json,
+    parts,
+    rebuild,
+)
+from qjax.checkpoints.native_manifest import kv_scales as parse_kv_scales
 from qjax.checkpoints.reader import KVScales
 from qjax.checkpoints.safetensors_io import read_json
 from qjax.checkpoints.writer import copy_companions, replacing_folder, write_json
-from qjax.formats import QuantFormat
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
 from qjax.models.sharding import leaf_spec
-from qjax.quantize import is_quantized, path_string
-from qjax.quantized_array import QuantizedArray
+from qjax.quantize import path_string
 from qjax.tokenizer import Tokenizer
 from qjax.typing import DType, Params
 
 MANIFEST = NATIVE_MANIFEST
-VERSION = 1
+_VERSION, _VERSION_PACKED = 1, 2
+"""Version 2 holds packed weights and is else the same."""
 _ARRAYS = "params"
-_FIELDS = ("qvalue", "scale", "zero_point", "perm", "global_scale", "act_scale")
+# What reading an entry of a damaged manifest may raise.
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
 _PACKED = {"int4": jnp.int4, "float4_e2m1fn": jnp.float4_e2m1fn}
 
 
@@ -77,19 +88,19 @@ def save_native(
     Raises:
       CheckpointError: If the folder is occupied or the parameters do not fit the config.
     """
-    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)[0]
     values = {path_string(path): value for path, value in flat}
-    entries = {path: _describe(value) for path, value in values.items()}
-    _check_paths(config, entries, "the parameters")
+    entries = {path: describe(value) for path, value in values.items()}
+    _check_paths(config, {path: value.shape for path, value in values.items()}, "the parameters")
     arrays: dict[tuple[str, ...], Any] = {}
     for path, value in values.items():
-        for field, array in _parts(value).items():
+        for field, array in parts(value).items():
             arrays[(*path.split("/"), field)] = _pack(array)
     manifest = {
         "format": "qjax",
-        "version": VERSION,
+        "version": _VERSION_PACKED if any(map(is_packed, values.values())) else _VERSION,
         "params": entries,
-        "kv_scales": None if kv_scales is None else _kv_json(kv_scales),
+        "kv_scales": None if kv_scales is None else kv_json(kv_scales),
     }
     with replacing_folder(Path(folder), overwrite=overwrite) as temporary:
         if source is not None:
@@ -131,18 +142,28 @@ def load_native(
     if not is_native(folder):
         raise CheckpointError(f"{folder} has no {MANIFEST}; it is no native qjax checkpoint")
     manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != "qjax" or manifest.get("version") != VERSION:
+    versions = (_VERSION, _VERSION_PACKED)
+    if manifest.get("format") != "qjax" or manifest.get("version") not in versions:
         raise CheckpointError(
             f"{folder / MANIFEST}: format={manifest.get('format')!r} "
-            f"version={manifest.get('version')!r}; this qjax reads version {VERSION}"
+            f"version={manifest.get('version')!r}; this qjax reads versions 1 and 2"
         )
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     try:
-        values = {path: _abstract(entry) for path, entry in manifest["params"].items()}
-        kv_scales = None if manifest["kv_scales"] is None else _kv_scales(manifest["kv_scales"])
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        values = {path: abstract(entry) for path, entry in manifest["params"].items()}
+        kv_scales = (
+            None if manifest["kv_scales"] is None else parse_kv_scales(manifest["kv_scales"])
+        )
+    except PackingVersionError as e:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: {e}. Load it with the version of qjax that wrote it, unpack the "
+            "weights (qjax.ops.packed.unpack_tree, which is exact for what checkpoints hold) and "
+            "save them again; unpacked weights have no such version"
+        ) from e
+    except _DAMAGE as e:
         raise CheckpointError(f"{folder / MANIFEST} is damaged ({e}); copy it again") from e
-    _check_paths(config, manifest["params"], str(folder / MANIFEST))
+    shapes = {path: value.shape for path, value in values.items()}
+    _check_paths(config, shapes, str(folder / MANIFEST))
     _check_files(folder / _ARRAYS, manifest.get("files"))
     compute_dtype = jnp.dtype(config.dtype if dtype is None else dtype)
     shardings = _shardings(values, config, mesh, axis)
@@ -150,9 +171,9 @@ def load_native(
     params: dict[tuple[str, ...], Any] = {}
     for path, value in values.items():
         # Popped: the packed copy of each parameter goes as soon as the unpacked one is there.
-        parts = restored.pop(path)
-        full = {f: _unpack(parts[f], array) for f, array in _parts(value).items()}
-        result = _rebuild(value, full)
+        stored = restored.pop(path)
+        full = {f: _unpack(stored[f], array) for f, array in parts(value).items()}
+        result = rebuild(value, full)
         result = place(path, result) if place else jax.device_put(result, shardings[path])
         params[tuple(path.split("/"))] = _cast(path, result, compute_dtype)
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
@@ -167,68 +188,15 @@ def load_native(
     )
 
 
-def _describe(value: Any) -> dict[str, Any]:
-    """A parameter as the manifest has it."""
-    fields = {
-        field: {"dtype": str(jnp.dtype(array.dtype)), "shape": list(array.shape)}
-        for field, array in _parts(value).items()
-    }
-    if not is_quantized(value):
-        return {"fields": fields}
-    fmt = dataclasses.asdict(value.fmt)
-    return {"format": fmt, "dtype": str(jnp.dtype(value.dtype)), "fields": fields}
-
-
-def _abstract(entry: Mapping[str, Any]) -> Any:
-    """The inverse of ``_describe``, with ``ShapeDtypeStruct`` for arrays."""
-    fields = {}
-    for name, field in entry["fields"].items():
-        shape = tuple(int(size) for size in field["shape"])
-        fields[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(field["dtype"]))
-    if "format" not in entry:
-        return fields["value"]
-    unknown = fields.keys() - set(_FIELDS)
-    if unknown:
-        raise ValueError(f"unknown fields {sorted(unknown)}")
-    parts = {name: fields.get(name) for name in _FIELDS if name not in ("qvalue", "scale")}
-    fmt, dtype = _format(entry["format"]), entry["dtype"]
-    return QuantizedArray.make(fields["qvalue"], fields["scale"], fmt, dtype=dtype, **parts)
-
-
-def _format(values: Mapping[str, Any]) -> QuantFormat:
-    block, activation = values["block"], values["activation"]
-    return QuantFormat(
-        **{
-            **values,
-            "block": None if block is None else tuple(block),
-            "activation": None if activation is None else _format(activation),
-        }
-    )
-
-
-def _parts(value: Any) -> dict[str, Any]:
-    """Arrays of a parameter by field name."""
-    if not is_quantized(value):
-        return {"value": value}
-    fields = {name: getattr(value, name) for name in _FIELDS}
-    return {name: array for name, array in fields.items() if array is not None}
-
-
-def _rebuild(value: Any, parts: Mapping[str, Any]) -> Any:
-    return dataclasses.replace(value, **parts) if is_quantized(value) else parts["value"]
-
-
-def _check_paths(config: ModelConfig, entries: Mapping[str, Any], what: str) -> None:
-    wanted = {leaf.path: list(leaf.shape) for leaf in model_leaves(config)}
-    if wanted.keys() != entries.keys():
-        path = min(wanted.keys() ^ entries.keys())
+def _check_paths(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    wanted = {leaf.path: leaf.shape for leaf in model_leaves(config)}
+    if wanted.keys() != shapes.keys():
+        path = min(wanted.keys() ^ shapes.keys())
         raise CheckpointError(
             f"{what} do not fit the config: {path} is only in "
             f"{'the config' if path in wanted else what}"
         )
-    for path, entry in entries.items():
-        fields = entry["fields"]
-        shape = fields["value" if "value" in fields else "qvalue"]["shape"]
+    for path, shape in shapes.items():
         if shape != wanted[path]:
             raise CheckpointError(f"{what}: {path} has shape {shape}, config needs {wanted[path]}")
 
@@ -312,8 +280,8 @@ def _restore(
     """Arrays as stored, by path and field."""
     target: dict[tuple[str, ...], Any] = {}
     for path, value in values.items():
-        places = _parts(shardings[path])
-        for field, array in _parts(value).items():
+        places = parts(shardings[path])
+        for field, array in parts(value).items():
             shape, dtype = _stored(array)
             key = (*path.split("/"), field)
             if host:
@@ -349,19 +317,6 @@ def _legal(sharding: Any, shape: tuple[int, ...]) -> Any:
 
 def _cast(path: str, value: Any, dtype: Any) -> Any:
     """To the compute dtype; norm weights stay as they are."""
-    if is_quantized(value) or not path.endswith("/weight"):
+    if is_leaf(value) or not path.endswith("/weight"):
         return value if value.dtype == dtype else value.astype(dtype)
     return value
-
-
-def _kv_json(scales: KVScales) -> dict[str, Any]:
-    # Python prints float32 numbers so that they are read back exactly.
-    lists = {name: [s.tolist() for s in getattr(scales, name)] for name in ("keys", "values")}
-    return {"dtype": scales.dtype, **lists}
-
-
-def _kv_scales(values: Mapping[str, Any]) -> KVScales:
-    keys, vals = (
-        tuple(np.asarray(s, np.float32) for s in values[name]) for name in ("keys", "values")
-    )
-    return KVScales(keys, vals, str(values["dtype"]))

@@ -3,7 +3,7 @@
 Megatron's layout: q, k, v, gate and up are cut along their outputs, o and down along their inputs,
 so that a block needs one sum over devices after attention and one after the MLP. XLA inserts those
 sums; nothing here changes what is computed, only where. Scales and zero points are cut together
-with the codes they belong to.
+with the codes they belong to, packed weights between their tiles.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 from qjax.kv_cache import QuantizedKVCache
 from qjax.models.config import ModelConfig
+from qjax.ops.packed import PackedWeight
+from qjax.ops.packed_w8a8 import PackedW8A8
+from qjax.pallas_kernels._layout import BLOCK_K, BLOCK_N
 from qjax.quantize import is_quantized, path_string
 from qjax.quantized_array import QuantizedArray
 
@@ -40,17 +43,18 @@ def leaf_spec(path: str, value: Any, config: ModelConfig, devices: int, axis: st
 
     Args:
       path: Parameter path, ``model/layers_0/mlp/up_proj/kernel``.
-      value: The array, ``QuantizedArray``, or their abstract values.
+      value: The array, ``QuantizedArray``, ``PackedWeight``, or their abstract values.
       config: The model.
       devices: Size of the mesh axis.
       axis: Its name.
 
     Returns:
-      A ``PartitionSpec``; for a ``QuantizedArray`` one of the same structure holding specs.
+      A ``PartitionSpec``; for a quantized or packed weight one of the same structure holding specs.
 
     Raises:
       ValueError: If the devices do not divide the parameter, or a shard would cut a group of
-        weights that share a scale. Names the layer, the sizes, and what works.
+        weights that share a scale, or a tile of a packed weight. Names the layer, the sizes, and
+        what works.
     """
     cut = _cut_axis(path, value, config, devices)
     if cut is None:
@@ -62,6 +66,8 @@ def leaf_spec(path: str, value: Any, config: ModelConfig, devices: int, axis: st
                 f"must be a multiple of {devices}"
             )
         spec = P(*(axis if i == cut else None for i in range(value.ndim)))
+    if isinstance(value, PackedWeight):
+        return _packed_spec(path, value, cut, devices, axis)
     if not isinstance(value, QuantizedArray):
         return spec
     scale_spec = _scale_spec(path, value, cut, spec, devices)
@@ -114,12 +120,40 @@ def _scale_spec(path: str, w: QuantizedArray, cut: int | None, spec: P, devices:
     return spec
 
 
+def _packed_spec(path: str, w: PackedWeight, cut: int | None, devices: int, axis: str) -> Any:
+    k_axis, n_axis = (axis if cut == i else None for i in range(2))
+    transposed = isinstance(w, PackedW8A8)
+    if cut is not None:
+        # Block scales of W8A8 weights are square, the others have groups along k only.
+        squares = transposed and w.scales is not None
+        tile = (BLOCK_K, BLOCK_K if squares else BLOCK_N)[cut]
+        shard = w.shape[cut] // devices
+        if shard % tile:
+            raise ValueError(
+                f"{path} of shape {w.shape} over {devices} devices gives shards of {shard} along "
+                f"axis {cut}, which cuts the tiles of {tile} of a packed weight; unpack it "
+                "(qjax.ops.packed.unpack_tree), or use fewer devices"
+            )
+    words, scales = P(k_axis, n_axis, None, None), P(k_axis, None, n_axis)
+    if transposed:
+        words = scales = P(n_axis, k_axis)
+    return dataclasses.replace(
+        w,
+        words=words,
+        # A tile along k holds whole groups: they are no longer than it.
+        scales=None if w.scales is None else scales,
+        column=P(n_axis),
+        perm=None if w.perm is None else P(),
+        act_scale=None if w.act_scale is None else P(),
+    )
+
+
 def param_specs(params: Any, config: ModelConfig, devices: int, axis: str = "model") -> Any:
     """``leaf_spec`` of every parameter, in the structure of ``params``."""
     return jax.tree_util.tree_map_with_path(
         lambda path, value: leaf_spec(path_string(path), value, config, devices, axis),
         params,
-        is_leaf=is_quantized,
+        is_leaf=lambda x: is_quantized(x) or isinstance(x, PackedWeight),
     )
 
 

@@ -40,6 +40,10 @@ BLOCK_K = 128
 BLOCK_N = 64
 """Output features of a weight tile: the rows of one ``wgmma``."""
 
+PACKING_VERSION = 1
+"""Of all that a packed weight holds: words, scales, offsets and columns. Checkpoints keep packed
+weights, so whoever changes what packing gives counts this up (a test compares digests)."""
+
 # Names of the axes into which (k, n) is cut; see the module's docstring.
 _AXES = {4: ("k_tile", "i", "j", "c", "lane_k", "e"), 8: ("k_tile", "i", "j", "lane_k", "e")}
 _N_AXES = ("n_tile", "warp", "half", "lane_n")
