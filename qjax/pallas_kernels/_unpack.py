@@ -43,39 +43,43 @@ def unpack(
     """Weights of one tile, ready for ``wgmma``.
 
     Args:
-      words: int32 ``(bits, 256)``, loaded with ``words_layout``.
-      scales: Stored scales of the tile's groups to multiply by, each ``(64,)``; empty for a
+      words: int32 ``(bits, 256)``, or the half ``(bits / 2, 256)`` of a tile, loaded with
+        ``words_layout``.
+      scales: Stored scales of their groups to multiply by, each ``(64,)``; empty for a
         constant multiplier. float16 only.
       offsets: What to add for zero points, one per group in ``_codes.stored_dtype(compute)``; empty
         without zero points.
       kind: A key of ``_codes.CODES``.
       compute: ``"float16"`` or ``"bfloat16"``.
-      parts: Into how many arrays the tile is cut along the contraction.
+      parts: Into how many arrays they are cut along the contraction.
       interpret: Use jnp instead of PTX.
 
     Returns:
-      ``parts`` arrays ``(64, 128 / parts)`` in the compute type; output features in rows.
+      ``parts`` arrays ``(64, 128 / parts)``, or half as wide, in the compute type; output features
+      in rows.
     """
     if interpret:
         return jnp.split(_unpack_jnp(words, scales, offsets, kind, compute), parts, axis=1)
     return _unpack_ptx(words, scales, offsets, kind, compute, parts)
 
 
-def words_layout(bits: int) -> Any:
-    """Register layout of the packed words: four consecutive words per thread and load."""
-    return plgpu.Layout.WG_STRIDED((bits, 256), vec_size=4)
+def words_layout(rows: int) -> Any:
+    """Register layout of ``(rows, 256)`` packed words: four consecutive words per load."""
+    return plgpu.Layout.WG_STRIDED((rows, 256), vec_size=4)
 
 
 def _unpack_jnp(
     words: Array, scales: Sequence[Array], offsets: Sequence[Array], kind: str, compute: str
 ) -> Array:
     codes = _codes.CODES[kind]
-    bits = _layout.unpack_words(words[None, None], codes.bits).T  # (64, 128)
+    width = _layout.BLOCK_K * words.shape[0] // codes.bits
+    tile = jnp.pad(words, ((0, codes.bits - words.shape[0]), (0, 0)))
+    bits = _layout.unpack_words(tile[None, None], codes.bits).T[:, :width]
     values = _codes.from_unsigned(bits, kind).astype(jnp.float32)
     dtype = jnp.dtype(compute)
 
     def spread(parts: Sequence[Array]) -> Array:
-        repeats = _layout.BLOCK_K // len(parts)
+        repeats = width // len(parts)
         return jnp.repeat(jnp.stack(parts, axis=1).astype(jnp.float32), repeats, axis=1)
 
     if not scales:
@@ -98,13 +102,13 @@ def _unpack_ptx(
     compute: str,
     parts: int,
 ) -> list[Array]:
-    codes = _codes.CODES[kind]
-    shape = (_layout.BLOCK_N, _layout.BLOCK_K // parts)
+    width = _layout.BLOCK_K * words.shape[0] // _codes.CODES[kind].bits
+    shape = (_layout.BLOCK_N, width // parts)
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     part_type = plgpu.ShapeDtypeStruct(shape, jnp.dtype(compute), layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(
-        arg_types=(words_layout(codes.bits), *(row_layout for _ in (*scales, *offsets))),
+        arg_types=(words_layout(words.shape[0]), *(row_layout for _ in (*scales, *offsets))),
         return_type=[part_type] * parts,
     )
     def emit(_: Any, packed: Any, *rows: Any) -> list[Any]:

@@ -1,0 +1,387 @@
+"""The body of ``weight_only_large``: what each warpgroup does. See there for the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+from qjax.pallas_kernels import _codes, _layout, _unpack
+from qjax.pallas_kernels.weight_only import Problem
+from qjax.pallas_kernels.weight_only_large import (
+    _SM_COUNT,
+    STEP_K,
+    WARPGROUPS,
+    Config,
+    out_buffers,
+    scale_rows,
+    scaled_sums,
+    tile_counts,
+)
+from qjax.typing import Array
+
+# Its names and signatures differ between the versions of jax that qjax is type-checked with.
+plgpu: Any = mosaic_gpu
+
+_BLOCK_N = _layout.BLOCK_N
+# Of 65536 registers, 168 for each of 384 threads at launch: 2 * 232 + 40 = 3 * 168.
+_COMPUTE_REGISTERS, _MEMORY_REGISTERS = 232, 40
+
+
+def call(
+    x: Array,
+    words: Array,
+    scales: Array | None,
+    column: Array,
+    row_scale: Array | None,
+    *,
+    config: Config,
+    problem: Problem,
+    out_dtype: Any,
+    interpret: bool,
+) -> Array:
+    """Run the kernel; arguments as in ``weight_only_large.matmul``, padded as it says there.
+
+    Returns:
+      ``(m, n)`` in ``out_dtype``.
+    """
+    operands = {"words": words, "column": column, "x": x, "scales": scales, "row_scale": row_scale}
+    operands = {name: value for name, value in operands.items() if value is not None}
+    tiles_a, tiles_b = tile_counts(config, problem)
+    units = min(_SM_COUNT // config.cluster, tiles_a * tiles_b)
+    steps = problem.k // STEP_K
+
+    def kernel(*refs: Any, **scratch: Any) -> None:
+        gmem = dict(zip((*operands, "out"), refs, strict=True))
+        warpgroup = lax.axis_index("warpgroup")
+
+        def for_each_tile(body: Any) -> None:
+            """Run ``body(number, first feature, first token)`` for each of this CTA's tiles."""
+
+            @plgpu.nd_loop((tiles_a * tiles_b,), collective_axes="unit")
+            def _tile(loop: Any) -> None:
+                (place,) = loop.index
+                a, b = plgpu.planar_snake(place, (tiles_a, tiles_b), 1, min(config.raster, tiles_b))
+                if config.cluster > 1:
+                    a = a * config.cluster + lax.axis_index("cluster")
+                body(loop.local_index, a * (WARPGROUPS * _BLOCK_N), b * config.columns)
+
+        @pl.when(warpgroup < WARPGROUPS)
+        def _compute() -> None:
+            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+
+            @for_each_tile
+            def _tile(number: Array, feature: Array, token: Array) -> None:
+                feature = feature + warpgroup * _BLOCK_N
+                first = number * steps
+                loop = _scaled_sums if scaled_sums(problem) else _accumulate
+                sums = loop(first, scratch, warpgroup, config, problem, interpret)
+                _store(sums, feature, token, gmem, scratch, warpgroup, config, problem)
+
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def _memory() -> None:
+            plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
+
+            @for_each_tile
+            def _tile(number: Array, feature: Array, token: Array) -> None:
+                _load_tile(number * steps, feature, token, gmem, scratch, config, problem)
+
+            # No barrier is left with an arrival that nobody saw, and no CTA ends while the other
+            # one of its cluster writes to its memory.
+            count = (tiles_a * tiles_b - lax.axis_index("unit") + units - 1) // units
+
+            @pl.loop(jnp.maximum(count * steps - config.stages, 0), count * steps)
+            def _drain(i: Array) -> None:
+                plgpu.barrier_wait(scratch["consumed"].at[lax.rem(i, jnp.int32(config.stages))])
+
+    run = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((problem.m, problem.n), out_dtype),
+        scratch_types=_scratch_types(config, problem, x, scales, out_dtype),
+        grid=(units,),
+        grid_names=("unit",),
+        cluster=(config.cluster,),
+        cluster_names=("cluster",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        # Every access to shared memory is ordered by the barriers here; the compiler's own would
+        # stop all warpgroups at each.
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+        kernel_name=f"weight_only_large_{problem.kind}_{problem.compute}",
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
+    return run(*operands.values())
+
+
+def _scratch_types(
+    config: Config, problem: Problem, x: Array, scales: Array | None, out_dtype: Any
+) -> dict[str, Any]:
+    stages = config.stages
+
+    def transforms(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:
+        """Tiles and swizzle, as ``wgmma`` and the transposed store want them."""
+        columns = swizzle // jnp.dtype(dtype).itemsize
+        return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
+
+    consumed: dict[str, Any] = {"num_arrivals": WARPGROUPS, "num_barriers": stages}
+    scratch: dict[str, Any] = {
+        "words_smem": plgpu.SMEM((stages, WARPGROUPS, problem.bits // 2, 256), jnp.int32),
+        # A group of 32 is cut from the activations as one column of tiles.
+        "x_smem": plgpu.SMEM(
+            (stages, config.columns, STEP_K),
+            x.dtype,
+            transforms=transforms(x.dtype, 64 if problem.group_size == 32 else 128),
+        ),
+        "out_smem": plgpu.SMEM(
+            (WARPGROUPS, out_buffers(config, problem), config.chunk, _BLOCK_N),
+            out_dtype,
+            transforms=transforms(out_dtype),
+        ),
+        "ready": plgpu.Barrier(num_arrivals=2 if scales is None else 3, num_barriers=stages),
+        "consumed": plgpu.ClusterBarrier(collective_axes=("cluster",), **consumed)
+        if config.cluster > 1
+        else plgpu.Barrier(**consumed),
+    }
+    if scales is not None:
+        shape = (stages, scale_rows(problem), scales.shape[1], WARPGROUPS * _BLOCK_N)
+        scratch["scales_smem"] = plgpu.SMEM(shape, scales.dtype)
+    return scratch
+
+
+def _load_tile(
+    first: Array,
+    feature: Array,
+    token: Array,
+    gmem: dict[str, Any],
+    scratch: dict[str, Any],
+    config: Config,
+    problem: Problem,
+) -> None:
+    """Copy a tile's operands to shared memory, step by step; ``first`` is its first step."""
+    rows = problem.bits // 2
+
+    @pl.loop(0, problem.k // STEP_K)
+    def _step(step: Array) -> None:
+        i = first + step
+        slot = lax.rem(i, jnp.int32(config.stages))
+        pl.when(i >= config.stages)(lambda: plgpu.barrier_wait(scratch["consumed"].at[slot]))
+        ready = scratch["ready"].at[slot]
+        tiles = pl.ds(lax.div(feature, jnp.int32(_BLOCK_N)), WARPGROUPS)
+        half = pl.ds(lax.rem(step, jnp.int32(2)) * rows, rows)
+        source = gmem["words"].at[lax.div(step, jnp.int32(2)), tiles, half]
+        plgpu.copy_gmem_to_smem(source, scratch["words_smem"].at[slot], ready)
+        source = gmem["x"].at[pl.ds(token, config.columns), pl.ds(step * STEP_K, STEP_K)]
+        shared = {"collective_axes": "cluster"} if config.cluster > 1 else {}
+        plgpu.copy_gmem_to_smem(source, scratch["x_smem"].at[slot], ready, **shared)
+        if problem.group_size is not None:
+            count = scale_rows(problem)
+            at = lax.div(step * STEP_K, jnp.int32(problem.group_size))
+            source = gmem["scales"].at[pl.ds(at, count), :, pl.ds(feature, WARPGROUPS * _BLOCK_N)]
+            plgpu.copy_gmem_to_smem(source, scratch["scales_smem"].at[slot], ready)
+
+
+def _load_weights(
+    slot: Array, scratch: dict[str, Any], warpgroup: Array, problem: Problem, interpret: bool
+) -> tuple[list[Array], list[Array]]:
+    """Wait for a step and make its weights, in registers.
+
+    Returns:
+      ``(64, 64)`` in one piece, or, where sums of groups are scaled, a piece per group; and the
+      scales ``(64,)`` of those sums.
+    """
+    plgpu.barrier_wait(scratch["ready"].at[slot])
+    smem = scratch["words_smem"].at[slot, warpgroup]
+    words = plgpu.load(smem, layout=_unpack.words_layout(problem.bits // 2))
+    scales, offsets = [], []
+    for g in range(scale_rows(problem)):
+        source = scratch["scales_smem"].at[slot, g]
+        rows = pl.ds(warpgroup * _BLOCK_N, _BLOCK_N)
+        for part, values in zip(range(source.shape[0]), (scales, offsets), strict=False):
+            values.append(plgpu.load(source.at[part, rows], layout=plgpu.Layout.WGMMA.reduce(1)))
+    sum_scales: list[Array] = []
+    if scaled_sums(problem):
+        scales, sum_scales = [], scales
+    weights = _unpack.unpack(
+        words,
+        scales,
+        offsets,
+        kind=problem.kind,
+        compute=problem.compute,
+        parts=max(1, len(sum_scales)),
+        interpret=interpret,
+    )
+    return weights, sum_scales
+
+
+def _multiply(acc: Any, total: Any, weights: Array, x_smem: Any, interpret: bool) -> Any:
+    """``weights @ x.T``, into the accumulator ``acc``.
+
+    The interpreter has no ``wgmma`` with an operand in registers: there a jnp product is added to
+    the array ``total``, which on the GPU is empty.
+    """
+    if interpret:
+        dims = (((1,), (1,)), ((), ()))
+        x = x_smem[...].astype(jnp.float32)
+        return total + lax.dot_general(weights.astype(jnp.float32), x, dims)
+    plgpu.wgmma(acc, weights, x_smem.T)
+    return total
+
+
+def _give_back(scratch: dict[str, Any], slot: Array, interpret: bool) -> None:
+    """Wait for the products that read a slot, and hand it back to the memory warpgroup."""
+    if interpret:
+        # The interpreter wants a proxy fence between a read of a slot and the next copy into it.
+        plgpu.commit_smem()
+    else:
+        plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(scratch["consumed"].at[slot])
+
+
+def _accumulate(
+    first: Array,
+    scratch: dict[str, Any],
+    warpgroup: Array,
+    config: Config,
+    problem: Problem,
+    interpret: bool,
+) -> Array:
+    """Sum over the steps in the tensor core: float32 ``(64, columns)``."""
+
+    def loop(acc: Any, total: Any) -> Any:
+        def step(i: Array, total: Any) -> Any:
+            slot = lax.rem(first + i, jnp.int32(config.stages))
+            (weights,), _ = _load_weights(slot, scratch, warpgroup, problem, interpret)
+            total = _multiply(acc, total, weights, scratch["x_smem"].at[slot], interpret)
+            _give_back(scratch, slot, interpret)
+            return total
+
+        return lax.fori_loop(0, problem.k // STEP_K, step, total)
+
+    shape = (_BLOCK_N, config.columns)
+    if interpret:
+        sums = loop(None, jnp.zeros(shape, jnp.float32))
+    else:
+
+        def run(acc: Any) -> Array:
+            loop(acc, ())
+            return acc[...]
+
+        sums = pl.run_scoped(run, plgpu.ACC(shape))
+    if problem.group_size is not None:
+        return sums
+    # Unpacking leaves a constant power of two: 16-bit floats have no room for it.
+    _, rest = _codes.constant_multiplier(problem.kind, problem.compute)
+    return sums * jnp.float32(2.0**-rest)
+
+
+def _scaled_sums(
+    first: Array,
+    scratch: dict[str, Any],
+    warpgroup: Array,
+    config: Config,
+    problem: Problem,
+    interpret: bool,
+) -> Array:
+    """Sum of the groups' products, each scaled in float32: ``(64, columns)``."""
+    shape = (_BLOCK_N, config.columns)
+    # Steps of a group, or groups of a step.
+    count = scale_rows(problem)
+    steps = max(1, (problem.group_size or 0) // STEP_K)
+
+    def partial(multiply: Callable[[Any, Any], tuple[Any, Array]]) -> tuple[Array, Array]:
+        """The product that ``multiply`` adds up, and the scale that it returns beside it."""
+        if interpret:
+            return multiply(None, jnp.zeros(shape, jnp.float32))
+
+        def run(acc: Any) -> tuple[Array, Array]:
+            _, scale = multiply(acc, ())
+            return acc[...], scale
+
+        return pl.run_scoped(run, plgpu.ACC(shape))
+
+    def add(sums: Array, part: Array, scale: Array) -> Array:
+        return sums + part * lax.broadcast_in_dim(scale, shape, [0])
+
+    def slot_of(i: Array) -> Array:
+        return lax.rem(first + i, jnp.int32(config.stages))
+
+    def long_group(g: Array, sums: Array) -> Array:
+        slots = [slot_of(steps * g + i) for i in range(steps)]
+
+        def multiply(acc: Any, total: Any) -> tuple[Any, Array]:
+            scale = None
+            for slot in slots:
+                # From the second on, unpacked while the product before runs.
+                (weights,), (scale,) = _load_weights(slot, scratch, warpgroup, problem, interpret)
+                total = _multiply(acc, total, weights, scratch["x_smem"].at[slot], interpret)
+            for slot in slots:
+                _give_back(scratch, slot, interpret)
+            assert scale is not None
+            return total, scale
+
+        return add(sums, *partial(multiply))
+
+    def short_groups(i: Array, sums: Array) -> Array:
+        slot = slot_of(i)
+        pieces, scales = _load_weights(slot, scratch, warpgroup, problem, interpret)
+        size = STEP_K // count
+        for g, (weights, scale) in enumerate(zip(pieces, scales, strict=True)):
+            x_smem = scratch["x_smem"].at[slot, :, pl.ds(g * size, size)]
+
+            def multiply(acc: Any, total: Any) -> tuple[Any, Array]:
+                total = _multiply(acc, total, weights, x_smem, interpret)  # noqa: B023
+                if g == count - 1:  # noqa: B023
+                    _give_back(scratch, slot, interpret)
+                return total, scale  # noqa: B023
+
+            sums = add(sums, *partial(multiply))
+        return sums
+
+    zero = jnp.zeros(shape, jnp.float32)
+    zero = zero if interpret else plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+    body = short_groups if count > 1 else long_group
+    return lax.fori_loop(0, problem.k // STEP_K // steps, body, zero)
+
+
+def _store(
+    sums: Array,
+    feature: Array,
+    token: Array,
+    gmem: dict[str, Any],
+    scratch: dict[str, Any],
+    warpgroup: Array,
+    config: Config,
+    problem: Problem,
+) -> None:
+    """Scale, transpose and copy out a warpgroup's ``(64, columns)``, chunk by chunk."""
+    layout = plgpu.Layout.WGMMA
+    features = pl.ds(feature, _BLOCK_N)
+    column = plgpu.load(gmem["column"].at[features], layout=layout.reduce(1), optimized=False)
+    out_smem = scratch["out_smem"]
+    buffers, chunk = out_smem.shape[1], config.chunk
+    # The last tile's chunks must have left their buffers.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for number, start in enumerate(range(0, config.columns, chunk)):
+        tokens = pl.ds(token + start, chunk)
+        piece = sums if chunk == config.columns else sums[:, start : start + chunk]
+        piece = piece * lax.broadcast_in_dim(column, piece.shape, [0])
+        if "row_scale" in gmem:
+            row = plgpu.load(gmem["row_scale"].at[tokens], layout=layout.reduce(0), optimized=False)
+            piece = piece * lax.broadcast_in_dim(row, piece.shape, [1])
+        if number >= buffers:
+            plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
+        smem = out_smem.at[warpgroup, number % buffers]
+        narrow = piece.astype(out_smem.dtype)
+        smem.T[...] = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem, gmem["out"].at[tokens, features])

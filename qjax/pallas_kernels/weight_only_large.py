@@ -1,0 +1,277 @@
+"""W4A16 and W8A16 with many rows: the packed weights of ``weight_only`` at matrix-core speed.
+
+::
+
+  out[m, n] = row_scale[m] * column[n] * sum_k x[m, k] * weight[k, n]
+
+for the same packed weights, so that one copy serves every number of rows. Transposed as there: 64
+output features in registers by up to 256 tokens in shared memory. A CTA has two compute warpgroups
+and a memory warpgroup, and works through tiles until none is left, as in ``w8a8``: while one
+warpgroup unpacks, the other's ``wgmma`` runs, and the memory warpgroup loads the next tile while
+this one is written out. A step is 64 of the contraction, half a weight tile::
+
+  slot: words (2, bits / 2, 256), activations (columns, 64), scales of the groups of the step
+
+With ``cluster`` two CTAs with the same tokens load half of them each, for both (multicast).
+
+Groups are scaled as in ``weight_only``: weights in float16, sums in bfloat16 (``scaled_sums``). The
+latter are float32 totals beside the tensor core's accumulators, twice the registers: tiles have up
+to 160 tokens.
+
+References:
+  Machete (vLLM): the transposed mixed-type product with ``wgmma``; see also ``w8a8``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+
+from qjax.pallas_kernels import _codes, _layout, weight_only
+from qjax.pallas_kernels.weight_only import SHARED_MEMORY_BYTES, Problem
+from qjax.typing import Array, DType
+
+WARPGROUPS = 2
+STEP_K = 64
+"""Contraction length of one step."""
+_SM_COUNT = 132
+_MAX_COLUMNS = {False: 256, True: 160}  # by scaled_sums: what the registers hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut up.
+
+    Attributes:
+      columns: Tokens of a tile, a multiple of 8 up to 256 (160 with scaled sums).
+      stages: Steps of 64 of the contraction in flight, at least 2.
+      cluster: 1, or 2 for pairs of CTAs that share the loading of their tokens.
+      raster: Tiles are visited in stripes of so many along the tokens, back and forth.
+    """
+
+    columns: int
+    stages: int
+    cluster: int = 1
+    raster: int = 8
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.columns <= 256 or self.columns % 8:
+            raise ValueError(f"columns={self.columns} must be a multiple of 8 from 8 to 256")
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages} must be at least 2")
+        if self.cluster not in (1, 2):
+            raise ValueError(f"cluster={self.cluster} must be 1 or 2")
+        if self.raster < 1:
+            raise ValueError(f"raster={self.raster} must be positive")
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that are written out at once."""
+        return next(size for size in (64, 32, 16, 8) if self.columns % size == 0)
+
+
+def scaled_sums(p: Problem) -> bool:
+    """Whether the sums of groups are scaled, and not the weights."""
+    return p.group_size is not None and p.compute == "bfloat16"
+
+
+def unsupported_reason(p: Problem) -> str | None:
+    """Why this kernel cannot compute a product; None if it can."""
+    reason = weight_only.weight_unsupported_reason(
+        p.k, p.n, kind=p.kind, group_size=p.group_size, zero_point=p.zero_point
+    )
+    if reason is not None:
+        return reason
+    if p.n % (WARPGROUPS * _layout.BLOCK_N):
+        return f"n={p.n} with many rows; must be a multiple of {WARPGROUPS * _layout.BLOCK_N}"
+    if p.m < 1:
+        return f"m={p.m} rows; at least one is needed"
+    if p.compute not in _codes.COMPUTE_DTYPES:
+        return f"{p.compute} activations; the kernel takes float16 and bfloat16"
+    return None
+
+
+def _align(size: int) -> int:
+    return -(-size // 1024) * 1024
+
+
+def scale_rows(p: Problem) -> int:
+    """Groups whose scales a step of 64 needs."""
+    return 0 if p.group_size is None else max(1, STEP_K // p.group_size)
+
+
+def _operand_bytes(config: Config, p: Problem) -> int:
+    rows = WARPGROUPS * _layout.BLOCK_N
+    parts = (2 if p.zero_point else 1) * scale_rows(p)
+    buffers = (
+        config.stages * WARPGROUPS * p.bits // 2 * 1024,
+        config.stages * config.columns * STEP_K * 2,
+        config.stages * parts * rows * _codes.stored_dtype(p.compute).itemsize,
+        2 * config.stages * 8,
+    )
+    return sum(map(_align, buffers))
+
+
+def _chunk_bytes(config: Config, p: Problem) -> int:
+    return _align(config.chunk * _layout.BLOCK_N * p.out_itemsize)
+
+
+def out_buffers(config: Config, p: Problem) -> int:
+    """Buffers, of one chunk each, through which a warpgroup writes out: as many as fit."""
+    room = SHARED_MEMORY_BYTES - _operand_bytes(config, p)
+    wanted = config.columns // config.chunk
+    return max(1, min(wanted, room // (WARPGROUPS * _chunk_bytes(config, p))))
+
+
+def smem_bytes(config: Config, p: Problem) -> int:
+    """Shared memory of one CTA in bytes (an upper bound: buffers are counted in 1024 bytes)."""
+    out = out_buffers(config, p) * WARPGROUPS * _chunk_bytes(config, p)
+    return _operand_bytes(config, p) + out
+
+
+def config_unsupported_reason(config: Config, p: Problem) -> str | None:
+    """Why a config does not fit a problem; None if it does."""
+    if config.columns > _MAX_COLUMNS[scaled_sums(p)]:
+        return (
+            f"columns={config.columns}; at most {_MAX_COLUMNS[scaled_sums(p)]} fit into registers"
+        )
+    if config.cluster > 1 and p.n % (2 * WARPGROUPS * _layout.BLOCK_N):
+        return f"n={p.n} is no multiple of {2 * WARPGROUPS * _layout.BLOCK_N}: no pairs of tiles"
+    size = smem_bytes(config, p)
+    if size > SHARED_MEMORY_BYTES:
+        return f"{size} bytes of shared memory; a CTA has {SHARED_MEMORY_BYTES}"
+    return None
+
+
+def tile_counts(config: Config, p: Problem) -> tuple[int, int]:
+    """Tiles along the features (pairs of tiles for clusters) and along the tokens."""
+    features = WARPGROUPS * _layout.BLOCK_N * config.cluster
+    return p.n // features, -(-p.m // config.columns)
+
+
+def estimate_seconds(config: Config, p: Problem) -> float:
+    """Time by a simple model, to rank configs: see ``w8a8.estimate_seconds``."""
+    tiles_a, tiles_b = tile_counts(config, p)
+    waves = -(-tiles_a * tiles_b // (_SM_COUNT // config.cluster))
+    # Per step and warpgroup four m64nNk16 of N / 2 cycles, and one unpacking to begin with.
+    step = 4 * WARPGROUPS * max(config.columns / 2, 16) * 1.06
+    if scaled_sums(p):
+        # Two instructions per sum and group, on four times as many lanes as there are columns.
+        groups = 128 // (p.group_size or 128)
+        step = max(step * 1.05, step * 0.5 + groups / 2 * 2 * config.columns)
+    loaded = (config.columns / config.cluster + p.bits * 8) * STEP_K * 2 / 64
+    steps = p.k // STEP_K
+    compute = waves * (steps * (max(step, 300.0) + 0.1 * loaded) + 1500) / 1.7e9
+    moved = p.k * p.n * p.bits / 8 + 2 * p.m * p.k + p.m * p.n * p.out_itemsize
+    return max(compute, moved / 4.3e12) + 0.1 * min(compute, moved / 4.3e12)
+
+
+def _candidates(p: Problem) -> list[Config]:
+    widest = _MAX_COLUMNS[scaled_sums(p)]
+    tokens = -(-p.m // 8) * 8
+    # Equal tiles, as few as there must be and somewhat more.
+    least = -(-tokens // widest)
+    counts = range(least, least + 8 + least // 2)
+    wide = sorted({-(-tokens // count // 8) * 8 for count in counts}, reverse=True)
+    found = []
+    for columns in wide:
+        for stages in (8, 6, 5, 4, 3, 2):
+            config = Config(columns, stages)
+            if config_unsupported_reason(config, p) is None:
+                pair = dataclasses.replace(config, cluster=2)
+                if config_unsupported_reason(pair, p) is None:
+                    found.append(pair)
+                found.append(config)
+                break  # the deepest that fits
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def heuristic_config(p: Problem) -> Config:
+    """The config that ``estimate_seconds`` likes best, for any supported problem."""
+    return min(_candidates(p), key=lambda config: estimate_seconds(config, p))
+
+
+def search_space(p: Problem) -> list[Config]:
+    """Configs worth timing for a problem, for an autotuner: the model's best first."""
+    found = _candidates(p)
+    return sorted(found, key=lambda config: estimate_seconds(config, p))
+
+
+def matmul(
+    x: Array,
+    words: Array,
+    scales: Array | None,
+    column: Array,
+    row_scale: Array | None = None,
+    *,
+    kind: str,
+    config: Config | None = None,
+    out_dtype: DType = jnp.bfloat16,
+    keep_splits: bool = False,
+    interpret: bool = False,
+) -> Array:
+    """``x @ weight`` for a packed weight; arguments and result as of ``weight_only.matmul``.
+
+    Args:
+      x: Activations ``(m, k)``, float16 or bfloat16.
+      words: Packed codes, int32 ``(k / 128, n / 64, bits, 256)``.
+      scales: ``(groups, 1, n)`` stored scales, or ``(groups, 2, n)`` scales and offsets, in
+        ``_codes.stored_dtype`` of the type of ``x``; None without groups.
+      column: float32 ``(n,)``, applied to the output.
+      row_scale: float32 ``(m,)``, applied to the output; None for none.
+      kind: Type of the codes.
+      config: How the work is cut up; ``heuristic_config`` by default.
+      out_dtype: Result type: float32, bfloat16 or float16.
+      keep_splits: Return the one part that there is, with an axis for it, as ``weight_only`` would.
+      interpret: Run in the Pallas interpreter, on any device.
+
+    Returns:
+      ``(m, n)`` in ``out_dtype``; with ``keep_splits`` ``(1, m, n)``.
+
+    Raises:
+      NotImplementedError: If the kernel or the config does not support the problem; says why.
+    """
+    m, k = x.shape
+    n = words.shape[1] * _layout.BLOCK_N
+    problem = Problem(
+        m,
+        k,
+        n,
+        kind,
+        group_size=None if scales is None else k // scales.shape[0],
+        zero_point=scales is not None and scales.shape[1] == 2,
+        compute=x.dtype.name,
+        out_itemsize=jnp.dtype(out_dtype).itemsize,
+    )
+    reason = unsupported_reason(problem)
+    if reason is None:
+        config = heuristic_config(problem) if config is None else config
+        reason = config_unsupported_reason(config, problem)
+    if reason is not None or config is None:
+        raise NotImplementedError(f"weight_only_large.matmul: {reason}")
+    # Imported on first use: see weight_only.
+    from qjax.pallas_kernels import _weight_only_large_body
+
+    # A box of TMA may reach over an edge but not be larger than the matrix, which has whole tiles
+    # of 8 rows. Row scales are read without it.
+    rows = -(-max(m, config.columns) // 8) * 8
+    x = jnp.pad(x, ((0, rows - m), (0, 0)))
+    if row_scale is not None:
+        whole = -(-rows // config.columns) * config.columns
+        row_scale = jnp.pad(row_scale, (0, whole - m))
+    out = _weight_only_large_body.call(
+        x,
+        words,
+        scales,
+        column,
+        row_scale,
+        config=config,
+        problem=dataclasses.replace(problem, m=rows),
+        out_dtype=jnp.dtype(out_dtype),
+        interpret=interpret,
+    )
+    out = out[:m] if rows > m else out
+    return out[None] if keep_splits else out

@@ -1,0 +1,53 @@
+"""The weight-only kernel for many rows in the Pallas interpreter: see test_interpret.py."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
+from qjax.formats import QuantFormat
+from qjax.ops.packed import pack_for_mosaic, packed_dot, packed_unsupported_reason
+from qjax.pallas_kernels.weight_only_large import Config
+from tests import tolerances
+from tests.tolerances import relative_error
+
+pytestmark = pytest.mark.skipif(
+    JAX_VERSION < MOSAIC_GPU_MIN_JAX,
+    reason=f"jax {jax.__version__} has no Pallas GPU interpreter that runs these kernels",
+)
+
+# Format, rows, k, n, config, type of activations and products, tolerance.
+CASES: dict[str, tuple[QuantFormat, int, int, int, Config, str, float]] = {
+    "int4_g128": (
+        qjax.INT4_G128, 72, 384, 128, Config(40, 3), "bfloat16", tolerances.F32_SUM
+    ),
+    "int4_g32_asym": (
+        qjax.INT4_G32_ASYM, 72, 128, 128, Config(72, 2), "bfloat16", tolerances.F32_SUM
+    ),
+    "int4_g64_f16": (
+        qjax.INT4_G64_ASYM, 70, 256, 256, Config(72, 2), "float16", tolerances.F16_ZERO_POINTS
+    ),
+    "int8_cluster": (
+        qjax.INT8_CHANNEL, 130, 256, 256, Config(128, 3, cluster=2), "bfloat16", tolerances.F32_SUM
+    ),
+    "e4m3_block": (
+        qjax.FP8_E4M3_BLOCK128, 72, 256, 128, Config(72, 2), "bfloat16", tolerances.F32_SUM
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_float32_product(name: str, rng: np.random.Generator) -> None:
+    fmt, m, k, n, config, dtype, tolerance = CASES[name]
+    values = rng.standard_normal((k, n)) * np.exp(rng.standard_normal((1, n)))
+    w = pack_for_mosaic(qjax.quantize(jnp.asarray(values, jnp.float32), fmt), compute=dtype)
+    x = jnp.asarray(rng.standard_normal((m, k)), dtype)
+    assert packed_unsupported_reason(x, w, interpret=True) is None
+    out = packed_dot(x, w, out_dtype=jnp.float32, config=config, interpret=True)
+    assert out.shape == (m, n) and out.dtype == jnp.float32
+    reference = np.asarray(x, np.float64) @ np.asarray(w.dequantize(jnp.float32), np.float64)
+    assert relative_error(out, reference) < tolerance
