@@ -24,14 +24,12 @@ _I32 = jnp.int32
 def call(
     tile: Tile,
     queries: Array,
-    factors: Array,
     spans: Array,
     table: Array,
     keys: Array,
     values: Array,
     key_scales: Array | None,
     value_scales: Array | None,
-    head_scales: Array | None,
     *,
     splits: int,
     out_dtype: Any,
@@ -42,15 +40,14 @@ def call(
 
     Args:
       tile: Sizes and types.
-      queries: ``[b, kv_heads, 8 * columns, head_dim]`` in the compute type, arranged.
-      factors: float32 ``[b, kv_heads, 8 * columns]``.
+      queries: ``[b, kv_heads, ratio, head_dim]``.
       spans: int32 ``[b, 2]``: first visible position and the one behind the last.
       table: int32 ``[b, pages_per_seq]``.
       keys: The pages.
       values: Likewise.
-      key_scales: float32 ``[num_pages, kv_heads, page_size]``, or None.
+      key_scales: float32 ``[num_pages, kv_heads, page_size]`` (with ``tile.token_scales``),
+        ``[kv_heads]``, or None.
       value_scales: Likewise.
-      head_scales: float32 ``[kv_heads]``, multiplies the result, or None.
       splits: Blocks that share a sequence and KV head.
       out_dtype: Result type.
       with_lse: Whether to return the second result.
@@ -70,18 +67,16 @@ def call(
         out_types.append(jax.ShapeDtypeStruct(rows, jnp.float32))
     operands = {
         "queries": queries,
-        "factors": factors,
         "spans": spans,
         "table": table,
         "keys": keys,
         "values": values,
         "key_scales": key_scales,
         "value_scales": value_scales,
-        "head_scales": head_scales,
     }
     operands = {name: value for name, value in operands.items() if value is not None}
     names = (*operands, "out", "lse") if with_lse else (*operands, "out")
-    copied = [n for n in ("keys", "values", "key_scales", "value_scales") if n in operands]
+    copied = ["keys", "values"] + ["key_scales", "value_scales"] * tile.token_scales
     transforms = _transforms(tile, keys.dtype)
     make = Twin if interpret else Emitted
 

@@ -67,26 +67,33 @@ class Emitted:
 
     def start(self, row: Array, head: Array) -> tuple[Any, Any]:
         """The queries and their factors, and the state before the first tile."""
-        tile = self.tile
-        row = row * self.gmem["queries"].shape[1] + head
-        counts = 2 * tile.quads, 2 * tile.columns
+        tile, gmem = self.tile, self.gmem
+        row = row * gmem["queries"].shape[1] + head
+        scaled = "key_scales" in gmem and not tile.token_scales
+        state, *constants = (_registers(*shape) for shape in _shapes(tile))
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WGMMA),
-            return_type=(
-                _registers(counts[0], jnp.int32),
-                _registers(counts[1], jnp.float32),
-                _registers(State.count(tile), jnp.float32),
+            arg_types=(
+                plgpu.RefType(),
+                (plgpu.RefType(),) * scaled,
+                plgpu.Layout.WGMMA,
+                plgpu.Layout.WGMMA,
             ),
+            return_type=(*constants, state),
         )
-        def emit(_: Any, queries: Any, factors: Any, row: Any) -> Any:
+        def emit(_: Any, queries: Any, scales: Any, row: Any, head: Any) -> Any:
             p = _ptx.Ptx()
-            at_queries, at_factors = map(_ptx.global_address, (queries, factors))
-            loaded, scales = _paged_tile.load_queries(p, tile, at_queries, at_factors, _scalar(row))
+            scale = None
+            if scaled:
+                address = p.address(_ptx.global_address(scales[0]), _scalar(head), 4)
+                scale = p.load_global(address, out="f")
+            at = _ptx.global_address(queries)
+            loaded, factors = _paged_tile.load_queries(p, tile, at, _scalar(row), scale)
             state = State.start(p, tile).registers()
-            return _pack(loaded, jnp.int32), _pack(scales, jnp.float32), _pack(state, jnp.float32)
+            return _pack(loaded, jnp.int32), _pack(factors, jnp.float32), _pack(state, jnp.float32)
 
-        queries, factors, state = emit(self.gmem["queries"], self.gmem["factors"], row)
+        scales = (gmem["key_scales"],) if scaled else ()
+        queries, factors, state = emit(gmem["queries"], scales, row, head)
         return (queries, factors), state
 
     def step(
@@ -132,7 +139,9 @@ class Emitted:
         tile, gmem = self.tile, self.gmem
         _, rows, heads = gmem["out"].shape[:3]
         row = (split * rows + row) * heads + head
-        names = [name for name in ("out", "head_scales", "lse") if name in gmem]
+        names = [name for name in ("out", "lse") if name in gmem]
+        if "value_scales" in gmem and not tile.token_scales:
+            names.append("value_scales")
         bits = jnp.dtype(gmem["out"].dtype).itemsize * 8
         dtype = "bf16" if gmem["out"].dtype == jnp.bfloat16 else "f16"
 
@@ -150,8 +159,8 @@ class Emitted:
             p = _ptx.Ptx()
             at = dict(zip(names, map(_ptx.global_address, refs), strict=True))
             scale = None
-            if "head_scales" in at:
-                address = p.address(at["head_scales"], _scalar(head), 4)
+            if "value_scales" in at:
+                address = p.address(at["value_scales"], _scalar(head), 4)
                 scale = p.load_global(address, out="f")
             _paged_tile.finish(
                 p,

@@ -1,13 +1,9 @@
-"""Sizes of the paged decode kernel, and how its queries are laid out."""
+"""Sizes of the paged decode kernel."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-
-import jax.numpy as jnp
-
-from qjax.typing import Array
 
 KINDS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4")
 LOG2E = math.log2(math.e)
@@ -19,20 +15,24 @@ class Tile:
 
     Attributes:
       kind: Type of the stored values, one of ``KINDS``.
+      query: Type of the queries, ``"bfloat16"`` or ``"float16"``.
       head_dim: Elements per head, a multiple of 32.
       ratio: Query heads per KV head, 1 to 16.
       tokens: Tokens per tile, a multiple of 64.
       stages: Tiles in flight.
       token_scales: Whether every token has scales of its own.
+      factor: What ``q . k`` is multiplied by; see ``logit_factor``.
       soft_cap: Logits become ``soft_cap * tanh(logits / soft_cap)``; None for plain ones.
     """
 
     kind: str
+    query: str
     head_dim: int
     ratio: int
     tokens: int
     stages: int
     token_scales: bool = False
+    factor: float = 1.0
     soft_cap: float | None = None
 
     @property
@@ -75,19 +75,6 @@ class Tile:
     def tile_bytes(self) -> int:
         """Bytes of the keys, or of the values, of one tile."""
         return self.tokens * self.row_bytes
-
-
-def arrange_queries(q: Array, kind: str) -> Array:
-    """Queries ``[..., d]`` in the order in which the kernel meets the elements of a key."""
-    if kind in ("bfloat16", "float16"):
-        return q
-    shape = q.shape
-    parts = q.reshape(*shape[:-1], shape[-1] // 16, 4, 2, 2)
-    if kind == "float8_e4m3fn":  # thread c of four: elements 4c, 4c + 1 and 4c + 2, 4c + 3
-        parts = jnp.moveaxis(parts, -2, -3)
-    else:  # 4c, 4c + 2 and 4c + 1, 4c + 3
-        parts = jnp.moveaxis(parts, -1, -3)
-    return parts.reshape(shape)
 
 
 def logit_factor(scale: float, soft_cap: float | None) -> float:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu
 
-from qjax.pallas_kernels._paged_sizes import LOG2E, Tile, arrange_queries
+from qjax.pallas_kernels._paged_sizes import LOG2E, Tile
 from qjax.typing import Array
 
 # Its names and signatures differ between the versions of jax that qjax is type-checked with.
@@ -29,23 +29,23 @@ class Twin:
         self.tile, self.gmem, self.buffers = tile, gmem, buffers
 
     def start(self, row: Array, head: Array) -> tuple[Any, Any]:
-        queries = self.gmem["queries"][row, head].astype(jnp.float32)
-        factors = self.gmem["factors"][row, head]
-        heads = 8 * self.tile.columns
-        top = jnp.full((heads, 1), -1e30, jnp.float32)
-        out = jnp.zeros((heads, self.tile.head_dim), jnp.float32)
-        return (queries, factors), (out, top, jnp.zeros_like(top))
+        tile, gmem = self.tile, self.gmem
+        queries = gmem["queries"][row, head].astype(jnp.float32) * jnp.float32(tile.factor)
+        if "key_scales" in gmem and not tile.token_scales:
+            queries = queries * gmem["key_scales"][head]
+        top = jnp.full((tile.ratio, 1), -1e30, jnp.float32)
+        out = jnp.zeros((tile.ratio, tile.head_dim), jnp.float32)
+        return queries, (out, top, jnp.zeros_like(top))
 
     def step(
         self, state: Any, constants: Any, slot: Array, position: Array, start: Array, stop: Array
     ) -> Any:
         tile = self.tile
-        (out, top, total), (queries, factors) = state, constants
+        out, top, total = state
         keys, values = (decode(self.buffers[name][slot], tile) for name in ("keys", "values"))
-        keys = arrange_queries(keys, tile.kind)
         where = position + jnp.arange(tile.tokens, dtype=jnp.int32)[None, :]
         seen = (where >= start) & (where < stop)
-        x = jax.lax.dot_general(queries, keys, (((1,), (1,)), ((), ()))) * factors[:, None]
+        x = jax.lax.dot_general(constants, keys, (((1,), (1,)), ((), ())))
         if tile.token_scales:
             x = x * self.buffers["key_scales"][slot][None, :]
         if tile.soft_cap is not None:
@@ -64,13 +64,13 @@ class Twin:
 
     def finish(self, state: Any, split: Array, row: Array, head: Array) -> None:
         out, top, total = state
-        ratio, target = self.tile.ratio, self.gmem["out"]
+        target = self.gmem["out"]
         result = jnp.where(total > 0, out / jnp.where(total > 0, total, jnp.float32(1)), 0.0)
-        if "head_scales" in self.gmem:
-            result = result * self.gmem["head_scales"][head]
-        target[split, row, head] = result[:ratio].astype(target.dtype)
+        if "value_scales" in self.gmem and not self.tile.token_scales:
+            result = result * self.gmem["value_scales"][head]
+        target[split, row, head] = result.astype(target.dtype)
         if "lse" in self.gmem:
-            self.gmem["lse"][split, row, head] = (top + jnp.log2(total))[:ratio, 0]
+            self.gmem["lse"][split, row, head] = (top + jnp.log2(total))[:, 0]
 
 
 def decode(stored: Array, tile: Tile) -> Array:

@@ -83,6 +83,14 @@ class Ptx:
     def minimum(self, x: Value, y: int) -> Value:
         return self._one(f"min.u32 $0, $1, {y};", x)
 
+    def maximum(self, x: Value, y: Value | int) -> Value:
+        if isinstance(y, int):
+            return self._one(f"max.u32 $0, $1, {y};", x)
+        return self._one("max.u32 $0, $1, $2;", x, y)
+
+    def shift_left(self, x: Value, n: int) -> Value:
+        return self._one(f"shl.b32 $0, $1, {n};", x)
+
     def shift_right(self, x: Value, n: int) -> Value:
         return self._one(f"shr.u32 $0, $1, {n};", x)
 
@@ -98,6 +106,10 @@ class Ptx:
         """``prmt``: four bytes chosen from those of ``x`` (0 to 3) and of a constant (4 to 7)."""
         return self._one(f"prmt.b32 $0, $1, {other:#x}, {selector:#x};", x)
 
+    def permute_both(self, x: Value, y: Value, selector: int) -> Value:
+        """``prmt``: four bytes chosen from those of ``x`` (0 to 3) and of ``y`` (4 to 7)."""
+        return self._one(f"prmt.b32 $0, $1, $2, {selector:#x};", x, y)
+
     def select_below(self, x: Value, limit: Value, yes: Value, no: Value) -> Value:
         """float32 ``yes if x < limit else no``; the integers are compared without sign."""
         text = "{ .reg .pred p; setp.lt.u32 p, $1, $2; selp.f32 $0, $3, $4, p; }"
@@ -108,6 +120,12 @@ class Ptx:
     def number(self, bits: int) -> Value:
         """The float32 with these bits."""
         return self._one(f"mov.b32 $0, {bits:#010x};", out="f")
+
+    def float_bits(self, x: Value) -> Value:
+        return self._one("mov.b32 $0, $1;", x)
+
+    def bits_float(self, x: Value) -> Value:
+        return self._one("mov.b32 $0, $1;", x, out="f")
 
     def fadd(self, x: Value, y: Value) -> Value:
         return self._one("add.f32 $0, $1, $2;", x, y, out="f")
@@ -164,10 +182,14 @@ class Ptx:
 
     # --- across threads ---------------------------------------------------------------------------
 
-    def shuffle_xor(self, x: Value, mask: int) -> Value:
-        """The float32 of the lane whose number differs in the bits of ``mask``."""
+    def shuffle_xor(self, x: Value, mask: int, *, out: str = "f") -> Value:
+        """The value of the lane whose number differs in the bits of ``mask``."""
         text = f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, -1;"
-        return self._one(text, x, out="f")
+        return self._one(text, x, out=out)
+
+    def shuffle_from(self, x: Value, lane: Value, *, out: str = "r") -> Value:
+        """The value of another lane."""
+        return self._one("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", x, lane, out=out)
 
     def transpose(self, x: Value) -> Value:
         """Transposes an 8 x 8 matrix of 16-bit values: ``movmatrix``."""
@@ -217,6 +239,11 @@ class Ptx:
         """A 32-bit value that nothing writes while the kernel runs."""
         return self._one(f"ld.global.nc.b32 $0, [$1+{offset}];", address, out=out, memory=True)
 
+    def load_global2(self, address: Value, offset: int = 0) -> list[Value]:
+        """Two neighbouring ones."""
+        text = f"ld.global.nc.v2.b32 {{$0, $1}}, [$2+{offset}];"
+        return self.asm(text, "rr", address, memory=True)
+
     def store_global(
         self, address: Value, value: Value, bits: int, x: Value, limit: Value | int
     ) -> None:
@@ -229,9 +256,6 @@ class Ptx:
             self.asm(text.replace("LIMIT", str(limit)), "", address, value, x, memory=True)
         else:
             self.asm(text.replace("LIMIT", "$3"), "", address, value, x, limit, memory=True)
-
-    def float_bits(self, x: Value) -> Value:
-        return self._one("mov.b32 $0, $1;", x)
 
 
 def shared_address(ref: Any) -> Value:

@@ -31,7 +31,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from qjax.pallas_kernels._paged_sizes import KINDS, Tile, arrange_queries, logit_factor
+from qjax.pallas_kernels._paged_sizes import KINDS, Tile, logit_factor
 from qjax.typing import Array, DType
 
 SHARED_MEMORY_BYTES = 232448
@@ -92,14 +92,16 @@ class Problem:
     query: str
     token_scales: bool = False
 
-    def tile(self, config: Config, soft_cap: float | None = None) -> Tile:
+    def tile(self, config: Config, factor: float = 1.0, soft_cap: float | None = None) -> Tile:
         return Tile(
             self.kind,
+            self.query,
             self.head_dim,
             self.ratio,
             config.tokens,
             config.stages,
             self.token_scales,
+            factor,
             soft_cap,
         )
 
@@ -233,32 +235,15 @@ def decode(
     # every jaxlib.
     from qjax.pallas_kernels import _paged_body
 
-    tile = problem.tile(config, soft_cap)
-    with jax.named_scope("prepare_queries"):
-        factor = jnp.full((b, heads, ratio), logit_factor(scale, soft_cap), jnp.float32)
-        if tile.narrow:
-            q16, back = _to_float16(q)
-            factor = factor * back
-        else:
-            q16 = q
-        head_scales = None
-        if key_scales is not None and value_scales is not None and not token_scales:
-            factor = factor * key_scales[None, :, None]
-            key_scales, head_scales, value_scales = None, value_scales, None
-        pad = 8 * tile.columns - ratio
-        q16 = arrange_queries(jnp.pad(q16, ((0, 0), (0, 0), (0, pad), (0, 0))), kind)
-        factor = jnp.pad(factor, ((0, 0), (0, 0), (0, pad)))
     out, lse = _paged_body.call(
-        tile,
-        q16,
-        factor,
+        problem.tile(config, logit_factor(scale, soft_cap), soft_cap),
+        q,
         jnp.stack([start, stop], axis=1),
         table,
         keys,
         values,
         key_scales,
         value_scales,
-        head_scales,
         splits=config.splits,
         out_dtype=jnp.dtype(jnp.float32 if config.splits > 1 else q.dtype),
         with_lse=config.splits > 1,
@@ -284,20 +269,3 @@ def merge(out: Array, lse: Array, dtype: DType) -> Array:
         total = jnp.sum(weights, axis=0, keepdims=True)
         weights = weights / jnp.where(total > 0, total, jnp.float32(1))
         return jnp.sum(out * weights[..., None], axis=0).astype(dtype)
-
-
-def _to_float16(x: Array) -> tuple[Array, Array]:
-    """``x`` as float16 times a power of two per row, and those, float32 without the last axis.
-
-    Exact for bfloat16 values down to 2**-29 of their row's largest.
-    """
-    if x.dtype == jnp.float16:
-        return x, jnp.ones(x.shape[:-1], jnp.float32)
-    wide = x.astype(jnp.float32)
-    absmax = jnp.max(jnp.abs(wide), axis=-1)
-    usable = jnp.isfinite(absmax) & (absmax > 2.0**-100)
-    _, exponent = jnp.frexp(jnp.where(usable, absmax, jnp.float32(1)))
-    # Up to 2**15; a power of two and its inverse are exact in float32, by its exponent bits.
-    up = jax.lax.bitcast_convert_type((127 + 15 - exponent) << 23, jnp.float32)
-    down = jax.lax.bitcast_convert_type((127 - 15 + exponent) << 23, jnp.float32)
-    return (wide * up[..., None]).astype(jnp.float16), down

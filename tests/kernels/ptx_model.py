@@ -117,15 +117,16 @@ class Model(Ptx):
                 "add": lambda x, y: x + y,
                 "sub": lambda x, y: x - y,
                 "mul": lambda x, y: x * y,
+                "shl": lambda x, y: x << y,
                 "shr": lambda x, y: x >> y,
                 "and": lambda x, y: x & y,
                 "xor": lambda x, y: x ^ y,
                 "min": np.minimum,
-                "max": np.fmax,
+                "max": np.fmax if kind == "f32" else np.maximum,
                 "fma": lambda x, y, z: (x.astype(np.float64) * y + z).astype(np.float32),
             }[base](*given)
 
-    _add = _sub = _mul = _shr = _and = _xor = _min = _max = _fma = _integer
+    _add = _sub = _mul = _shl = _shr = _and = _xor = _min = _max = _fma = _integer
 
     def _mad(self, op: str, names: list[str], registers: dict[str, np.ndarray]) -> None:
         assert op == "mad.wide.u32"
@@ -171,7 +172,8 @@ class Model(Ptx):
 
     def _shfl(self, op: str, names: list[str], registers: dict[str, np.ndarray]) -> None:
         x = self._value(names[1], registers, np.uint32)
-        registers[names[0]] = x[WARP * 32 + (LANE ^ int(names[2]))]
+        lane = self._value(names[2], registers, np.uint32).astype(np.int64)
+        registers[names[0]] = x[WARP * 32 + (LANE ^ lane if ".bfly." in op else lane)]
 
     def _movmatrix(self, op: str, names: list[str], registers: dict[str, np.ndarray]) -> None:
         matrix = halves(self._value(names[1], registers, np.uint32)).reshape(4, 8, 8)

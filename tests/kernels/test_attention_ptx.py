@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.pallas_kernels import _paged_tile
-from qjax.pallas_kernels._paged_sizes import Tile, arrange_queries
+from qjax.pallas_kernels import _paged_sizes, _paged_tile
+from qjax.pallas_kernels._paged_sizes import Tile
 from qjax.pallas_kernels._paged_tile import State
-from tests.kernels.ptx_model import DTYPES, THREADS, Model
+from tests.kernels.ptx_model import THREADS, Model
 from tests.tolerances import ATTENTION_BF16, ATTENTION_F16, relative_error
 
-BASE = {"queries": 0, "factors": 1 << 16, "out": 1 << 17, "lse": 1 << 18, "scale": 3 << 17}
+BASE = {"queries": 0, "key_scale": 1 << 16, "value_scale": 3 << 15, "out": 1 << 17, "lse": 1 << 18}
 ROWS, ROW = 3, 1
+SCALE = 0.003
 
 
 def codes(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> tuple[Any, np.ndarray]:
@@ -61,50 +61,43 @@ class Case:
 
 
 CASES = {
-    "e4m3": Case(Tile("float8_e4m3fn", 128, 4, 64, 3), 0, 150, "bfloat16", True),
-    "e4m3_token": Case(Tile("float8_e4m3fn", 64, 8, 64, 3, True), 70, 130, "float16"),
-    "e5m2": Case(Tile("float8_e5m2", 64, 1, 64, 3), 0, 65, "float32", True),
-    "e5m2_token_cap": Case(Tile("float8_e5m2", 128, 2, 64, 2, True, 30.0), 0, 100),
-    "int8": Case(Tile("int8", 128, 16, 64, 3), 5, 64),
-    "int8_96": Case(Tile("int8", 96, 3, 64, 3, True), 0, 129, "bfloat16"),
-    "int8_256": Case(Tile("int8", 256, 2, 64, 2, True), 0, 129, "bfloat16"),
-    "int4": Case(Tile("int4", 128, 4, 128, 2, True), 0, 300, "bfloat16"),
-    "int4_64": Case(Tile("int4", 64, 12, 128, 2), 100, 300, "float32", True),
-    "int4_96": Case(Tile("int4", 96, 4, 64, 4, True), 0, 70),
-    "bf16": Case(Tile("bfloat16", 128, 4, 64, 3), 0, 150, "bfloat16"),
-    "bf16_cap": Case(Tile("bfloat16", 64, 9, 64, 3, False, 5.0), 64, 66),
-    "f16_96": Case(Tile("float16", 96, 1, 64, 2), 0, 1, "float16"),
-    "f16_256": Case(Tile("float16", 256, 6, 64, 2), 0, 77),
-    "empty": Case(Tile("int8", 128, 4, 64, 2), 0, 0),
+    "e4m3": Case(Tile("float8_e4m3fn", "bfloat16", 128, 4, 64, 3), 0, 150, "bfloat16", True),
+    "e4m3_token": Case(Tile("float8_e4m3fn", "float16", 64, 8, 64, 3, True), 70, 130, "float16"),
+    "e5m2": Case(Tile("float8_e5m2", "bfloat16", 64, 1, 64, 3), 0, 65, "float32", True),
+    "e5m2_token_cap": Case(Tile("float8_e5m2", "bfloat16", 128, 2, 64, 2, True, 1.0, 30.0), 0, 100),
+    "int8": Case(Tile("int8", "bfloat16", 128, 16, 64, 3), 5, 64),
+    "int8_96": Case(Tile("int8", "bfloat16", 96, 3, 64, 3, True), 0, 129, "bfloat16"),
+    "int8_256": Case(Tile("int8", "bfloat16", 256, 2, 64, 2, True), 0, 129, "bfloat16"),
+    "int4": Case(Tile("int4", "bfloat16", 128, 4, 128, 2, True), 0, 300, "bfloat16"),
+    "int4_64": Case(Tile("int4", "float16", 64, 12, 128, 2), 100, 300, "float32", True),
+    "int4_96": Case(Tile("int4", "bfloat16", 96, 4, 64, 4, True), 0, 70),
+    "bf16": Case(Tile("bfloat16", "bfloat16", 128, 4, 64, 3), 0, 150, "bfloat16"),
+    "bf16_cap": Case(Tile("bfloat16", "bfloat16", 64, 9, 64, 3, False, 1.0, 5.0), 64, 66),
+    "f16_96": Case(Tile("float16", "float16", 96, 1, 64, 2), 0, 1, "float16"),
+    "f16_256": Case(Tile("float16", "float16", 256, 6, 64, 2), 0, 77),
+    "empty": Case(Tile("int8", "bfloat16", 128, 4, 64, 2), 0, 0),
 }
 
 
 def run(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     """Result, expected result, log-sum-exp, expected one."""
-    tile = case.tile
-    dtype = DTYPES[tile.compute]
+    tile = dataclasses.replace(
+        case.tile, factor=_paged_sizes.logit_factor(SCALE, case.tile.soft_cap)
+    )
     span = -(-max(case.stop, 1) // tile.tokens) * tile.tokens
-    heads, dim = 8 * tile.columns, tile.head_dim
-    q = rng.normal(size=(ROWS, heads, dim)).astype(dtype)
-    q[:, tile.ratio :] = 0
-    factor = rng.uniform(0.5, 2, (ROWS, heads)).astype(np.float32) * 0.02 * 64 / dim
-    if tile.narrow:
-        factor /= 30
+    dim = tile.head_dim
+    # Heads of very different size; all logits of a few units.
+    q = rng.normal(size=(ROWS, tile.ratio, dim)) / (SCALE * dim**0.5 * (30 if tile.narrow else 1))
+    q = (q * 2 * rng.uniform(0.3, 1, (ROWS, tile.ratio, 1))).astype(np.dtype(tile.query))
     stored, numbers = zip(*(codes(rng, tile.kind, (span, dim)) for _ in range(2)), strict=True)
     scales = np.exp(rng.normal(size=(2, span))).astype(np.float32)
     scales[:, case.stop :] = 0  # never written
-    head_scale = np.array([0.37], np.float32)
+    key_scale, value_scale = np.array([[0.81], [0.37]], np.float32)
 
     memory = np.zeros(1 << 19, np.uint8)
-    arranged = np.asarray(arrange_queries(jnp.asarray(q), tile.kind))
-
-    def store(name: str, array: np.ndarray) -> None:
+    for name, array in (("queries", q), ("key_scale", key_scale), ("value_scale", value_scale)):
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         memory[BASE[name] : BASE[name] + data.size] = data
-
-    store("queries", arranged)
-    store("factors", factor)
-    store("scale", head_scale)
     stage = 2 * tile.tile_bytes + 8 * tile.tokens
     shared = np.zeros(-(-max(stage, tile.stages * tile.tile_bytes) // 1024) * 1024 + 1024, np.uint8)
     p = Model(shared, memory)
@@ -112,9 +105,12 @@ def run(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     def address(name: str) -> np.ndarray:
         return np.full(THREADS, BASE[name], np.uint64)
 
+    def scale_of(name: str) -> np.ndarray | None:
+        return p.load_global(address(name), out="f") if case.head_scale else None
+
     row = p.integer(ROW)
     queries, factors = _paged_tile.load_queries(
-        p, tile, address("queries"), address("factors"), row
+        p, tile, address("queries"), row, scale_of("key_scale")
     )
     state = State.start(p, tile)
     tiles = range(case.start // tile.tokens, -(-case.stop // tile.tokens))
@@ -142,7 +138,7 @@ def run(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         out_bits=out_dtype.itemsize * 8,
         out_dtype="bf16" if case.out == "bfloat16" else "f16",
         row=row,
-        value_scale=p.load_global(address("scale"), out="f") if case.head_scale else None,
+        value_scale=scale_of("value_scale"),
         lse=address("lse"),
     )
     size = tile.ratio * dim * out_dtype.itemsize
@@ -154,11 +150,14 @@ def run(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 
     seen = slice(case.start, case.stop)
     k, v = (x[seen].astype(np.float64) for x in numbers)
-    x = q[ROW, : tile.ratio].astype(np.float64) @ k.T * factor[ROW, : tile.ratio, None]
+    x = q[ROW].astype(np.float64) @ k.T * SCALE
+    if case.head_scale:
+        x = x * key_scale
     if tile.token_scales:
         x = x * scales[0, seen]
-    if tile.soft_cap is not None:  # the factor holds 2 log2(e) / cap
-        x = tile.soft_cap * np.log2(np.e) * np.tanh(x / (2 * np.log2(np.e)))
+    if tile.soft_cap is not None:
+        x = tile.soft_cap * np.tanh(x / tile.soft_cap)
+    x = x * np.log2(np.e)
     if case.stop == case.start:
         return out, np.zeros(out.shape), lse, np.full(tile.ratio, -np.inf)
     top = x.max(axis=1, keepdims=True)
@@ -166,7 +165,7 @@ def run(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     total = weights.sum(axis=1, keepdims=True)
     if tile.token_scales:
         weights = weights * scales[1, seen]
-    expected = weights @ v / total * (head_scale if case.head_scale else 1)
+    expected = weights @ v / total * (value_scale if case.head_scale else 1)
     return out, expected, lse, (top + np.log2(total))[:, 0]
 
 
