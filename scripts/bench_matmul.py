@@ -36,8 +36,9 @@ from qjax.ops.packed import (
     packed_dot,
     packed_problem,
     packed_unsupported_reason,
+    weight_only_kernel,
 )
-from qjax.pallas_kernels import w8a8, weight_only
+from qjax.pallas_kernels import w8a8
 from qjax.quantize import quantize, quantized_nbytes
 
 SHAPES: dict[str, tuple[int, int]] = {
@@ -229,8 +230,9 @@ def kernel_configs(x: jax.Array, w: Any, search: int) -> list[tuple[Any, str]]:
         others = [config for config in w8a8.search_space(problem) if config != best][:search]
     else:
         problem = packed_problem(x, w)
-        best = weight_only.heuristic_config(problem)
-        others = weight_only.search_space(problem)
+        kernel = weight_only_kernel(problem.m)
+        best = kernel.heuristic_config(problem)
+        others = [config for config in kernel.search_space(problem) if config != best]
         # Evenly over the space, whose neighbours are alike.
         others = others[:: max(1, len(others) // max(1, search))][:search]
     return [(best, "heuristic"), *((other, "search") for other in others)]

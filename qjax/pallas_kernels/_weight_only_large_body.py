@@ -48,40 +48,46 @@ def call(
     """Run the kernel; arguments as in ``weight_only_large.matmul``, padded as it says there.
 
     Returns:
-      ``(m, n)`` in ``out_dtype``.
+      ``(m, n)`` in ``out_dtype``, or with ``config.splits > 1`` float32 partial sums
+      ``(splits, m, n)``.
     """
     operands = {"words": words, "column": column, "x": x, "scales": scales, "row_scale": row_scale}
     operands = {name: value for name, value in operands.items() if value is not None}
     tiles_a, tiles_b = tile_counts(config, problem)
-    units = min(_SM_COUNT // config.cluster, tiles_a * tiles_b)
-    steps = problem.k // STEP_K
+    total = tiles_a * tiles_b * config.splits
+    units = min(_SM_COUNT // config.cluster, total)
+    steps = problem.k // config.splits // STEP_K
+    out_type = jax.ShapeDtypeStruct((problem.m, problem.n), out_dtype)
+    if config.splits > 1:
+        out_type = jax.ShapeDtypeStruct((config.splits, problem.m, problem.n), jnp.float32)
 
     def kernel(*refs: Any, **scratch: Any) -> None:
         gmem = dict(zip((*operands, "out"), refs, strict=True))
         warpgroup = lax.axis_index("warpgroup")
 
         def for_each_tile(body: Any) -> None:
-            """Run ``body(number, first feature, first token)`` for each of this CTA's tiles."""
+            """Run ``body(number, split, first feature, first token)`` for this CTA's tiles."""
 
-            @plgpu.nd_loop((tiles_a * tiles_b,), collective_axes="unit")
+            @plgpu.nd_loop((config.splits, tiles_a * tiles_b), collective_axes="unit")
             def _tile(loop: Any) -> None:
-                (place,) = loop.index
+                split, place = loop.index
                 a, b = plgpu.planar_snake(place, (tiles_a, tiles_b), 1, min(config.raster, tiles_b))
                 if config.cluster > 1:
                     a = a * config.cluster + lax.axis_index("cluster")
-                body(loop.local_index, a * (WARPGROUPS * _BLOCK_N), b * config.columns)
+                body(loop.local_index, split, a * (WARPGROUPS * _BLOCK_N), b * config.columns)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _compute() -> None:
             plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
 
             @for_each_tile
-            def _tile(number: Array, feature: Array, token: Array) -> None:
+            def _tile(number: Array, split: Array, feature: Array, token: Array) -> None:
                 feature = feature + warpgroup * _BLOCK_N
                 first = number * steps
                 loop = _scaled_sums if scaled_sums(problem) else _accumulate
                 sums = loop(first, scratch, warpgroup, config, problem, interpret)
-                _store(sums, feature, token, gmem, scratch, warpgroup, config, problem)
+                out = gmem["out"].at[split] if config.splits > 1 else gmem["out"]
+                _store(sums, feature, token, gmem, out, scratch, warpgroup, config)
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -90,12 +96,13 @@ def call(
             plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
 
             @for_each_tile
-            def _tile(number: Array, feature: Array, token: Array) -> None:
-                _load_tile(number * steps, feature, token, gmem, scratch, config, problem)
+            def _tile(number: Array, split: Array, feature: Array, token: Array) -> None:
+                first = number * steps, split * steps
+                _load_tile(first, feature, token, gmem, scratch, config, problem)
 
             # No barrier is left with an arrival that nobody saw, and no CTA ends while the other
             # one of its cluster writes to its memory.
-            count = (tiles_a * tiles_b - lax.axis_index("unit") + units - 1) // units
+            count = (total - lax.axis_index("unit") + units - 1) // units
 
             @pl.loop(jnp.maximum(count * steps - config.stages, 0), count * steps)
             def _drain(i: Array) -> None:
@@ -103,8 +110,8 @@ def call(
 
     run = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((problem.m, problem.n), out_dtype),
-        scratch_types=_scratch_types(config, problem, x, scales, out_dtype),
+        out_type=out_type,
+        scratch_types=_scratch_types(config, problem, x, scales, out_type.dtype),
         grid=(units,),
         grid_names=("unit",),
         cluster=(config.cluster,),
@@ -159,7 +166,7 @@ def _scratch_types(
 
 
 def _load_tile(
-    first: Array,
+    first: tuple[Array, Array],
     feature: Array,
     token: Array,
     gmem: dict[str, Any],
@@ -167,12 +174,15 @@ def _load_tile(
     config: Config,
     problem: Problem,
 ) -> None:
-    """Copy a tile's operands to shared memory, step by step; ``first`` is its first step."""
+    """Copy a tile's operands to shared memory, step by step.
+
+    ``first`` is its first step, counted by this CTA and along the contraction.
+    """
     rows = problem.bits // 2
 
-    @pl.loop(0, problem.k // STEP_K)
-    def _step(step: Array) -> None:
-        i = first + step
+    @pl.loop(0, problem.k // config.splits // STEP_K)
+    def _step(number: Array) -> None:
+        i, step = first[0] + number, first[1] + number
         slot = lax.rem(i, jnp.int32(config.stages))
         pl.when(i >= config.stages)(lambda: plgpu.barrier_wait(scratch["consumed"].at[slot]))
         ready = scratch["ready"].at[slot]
@@ -265,7 +275,7 @@ def _accumulate(
             _give_back(scratch, slot, interpret)
             return total
 
-        return lax.fori_loop(0, problem.k // STEP_K, step, total)
+        return lax.fori_loop(0, problem.k // config.splits // STEP_K, step, total)
 
     shape = (_BLOCK_N, config.columns)
     if interpret:
@@ -350,7 +360,7 @@ def _scaled_sums(
     zero = jnp.zeros(shape, jnp.float32)
     zero = zero if interpret else plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
     body = short_groups if count > 1 else long_group
-    return lax.fori_loop(0, problem.k // STEP_K // steps, body, zero)
+    return lax.fori_loop(0, problem.k // config.splits // STEP_K // steps, body, zero)
 
 
 def _store(
@@ -358,10 +368,10 @@ def _store(
     feature: Array,
     token: Array,
     gmem: dict[str, Any],
+    out: Any,
     scratch: dict[str, Any],
     warpgroup: Array,
     config: Config,
-    problem: Problem,
 ) -> None:
     """Scale, transpose and copy out a warpgroup's ``(64, columns)``, chunk by chunk."""
     layout = plgpu.Layout.WGMMA
@@ -384,4 +394,4 @@ def _store(
         narrow = piece.astype(out_smem.dtype)
         smem.T[...] = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem, gmem["out"].at[tokens, features])
+        plgpu.copy_smem_to_gmem(smem, out.at[tokens, features])

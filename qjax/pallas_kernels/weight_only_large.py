@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax.numpy as jnp
 
@@ -48,12 +49,14 @@ class Config:
       columns: Tokens of a tile, a multiple of 8 up to 256 (160 with scaled sums).
       stages: Steps of 64 of the contraction in flight, at least 2.
       cluster: 1, or 2 for pairs of CTAs that share the loading of their tokens.
+      splits: Parts into which the contraction is cut; their sums are added by XLA.
       raster: Tiles are visited in stripes of so many along the tokens, back and forth.
     """
 
     columns: int
     stages: int
     cluster: int = 1
+    splits: int = 1
     raster: int = 8
 
     def __post_init__(self) -> None:
@@ -63,8 +66,8 @@ class Config:
             raise ValueError(f"stages={self.stages} must be at least 2")
         if self.cluster not in (1, 2):
             raise ValueError(f"cluster={self.cluster} must be 1 or 2")
-        if self.raster < 1:
-            raise ValueError(f"raster={self.raster} must be positive")
+        if self.splits < 1 or self.raster < 1:
+            raise ValueError(f"splits={self.splits} and raster={self.raster} must be positive")
 
     @property
     def chunk(self) -> int:
@@ -115,7 +118,8 @@ def _operand_bytes(config: Config, p: Problem) -> int:
 
 
 def _chunk_bytes(config: Config, p: Problem) -> int:
-    return _align(config.chunk * _layout.BLOCK_N * p.out_itemsize)
+    itemsize = 4 if config.splits > 1 else p.out_itemsize
+    return _align(config.chunk * _layout.BLOCK_N * itemsize)
 
 
 def out_buffers(config: Config, p: Problem) -> int:
@@ -139,6 +143,8 @@ def config_unsupported_reason(config: Config, p: Problem) -> str | None:
         )
     if config.cluster > 1 and p.n % (2 * WARPGROUPS * _layout.BLOCK_N):
         return f"n={p.n} is no multiple of {2 * WARPGROUPS * _layout.BLOCK_N}: no pairs of tiles"
+    if p.k % (config.splits * _layout.BLOCK_K):
+        return f"k={p.k} cannot be cut into {config.splits} multiples of {_layout.BLOCK_K}"
     size = smem_bytes(config, p)
     if size > SHARED_MEMORY_BYTES:
         return f"{size} bytes of shared memory; a CTA has {SHARED_MEMORY_BYTES}"
@@ -154,17 +160,20 @@ def tile_counts(config: Config, p: Problem) -> tuple[int, int]:
 def estimate_seconds(config: Config, p: Problem) -> float:
     """Time by a simple model, to rank configs: see ``w8a8.estimate_seconds``."""
     tiles_a, tiles_b = tile_counts(config, p)
-    waves = -(-tiles_a * tiles_b // (_SM_COUNT // config.cluster))
+    waves = -(-tiles_a * tiles_b * config.splits // (_SM_COUNT // config.cluster))
     # Per step and warpgroup four m64nNk16 of N / 2 cycles, and one unpacking to begin with.
     step = 4 * WARPGROUPS * max(config.columns / 2, 16) * 1.06
     if scaled_sums(p):
-        # Two instructions per sum and group, on four times as many lanes as there are columns.
-        groups = 128 // (p.group_size or 128)
-        step = max(step * 1.05, step * 0.5 + groups / 2 * 2 * config.columns)
+        # One multiply-add per sum and group: a quarter of the products' time for groups of 64.
+        step *= 1 + 0.03 * (128 // (p.group_size or 128))
     loaded = (config.columns / config.cluster + p.bits * 8) * STEP_K * 2 / 64
-    steps = p.k // STEP_K
+    steps = p.k // config.splits // STEP_K
     compute = waves * (steps * (max(step, 300.0) + 0.1 * loaded) + 1500) / 1.7e9
     moved = p.k * p.n * p.bits / 8 + 2 * p.m * p.k + p.m * p.n * p.out_itemsize
+    if config.splits > 1:
+        # Written and read once more, by one more kernel.
+        moved += 8 * config.splits * p.m * p.n
+        compute += 2.0e-6
     return max(compute, moved / 4.3e12) + 0.1 * min(compute, moved / 4.3e12)
 
 
@@ -176,9 +185,12 @@ def _candidates(p: Problem) -> list[Config]:
     counts = range(least, least + 8 + least // 2)
     wide = sorted({-(-tokens // count // 8) * 8 for count in counts}, reverse=True)
     found = []
-    for columns in wide:
+    for columns, splits in itertools.product(wide, (1, 2, 3, 4, 7, 8)):
+        # Splits only help where there are fewer tiles than multiprocessors.
+        if splits > 1 and (p.m > 512 or p.k < splits * 512):
+            continue
         for stages in (8, 6, 5, 4, 3, 2):
-            config = Config(columns, stages)
+            config = Config(columns, stages, splits=splits)
             if config_unsupported_reason(config, p) is None:
                 pair = dataclasses.replace(config, cluster=2)
                 if config_unsupported_reason(pair, p) is None:
@@ -225,11 +237,12 @@ def matmul(
       kind: Type of the codes.
       config: How the work is cut up; ``heuristic_config`` by default.
       out_dtype: Result type: float32, bfloat16 or float16.
-      keep_splits: Return the one part that there is, with an axis for it, as ``weight_only`` would.
+      keep_splits: Return the parts of the contraction unsummed.
       interpret: Run in the Pallas interpreter, on any device.
 
     Returns:
-      ``(m, n)`` in ``out_dtype``; with ``keep_splits`` ``(1, m, n)``.
+      ``(m, n)`` in ``out_dtype``; with ``keep_splits`` ``(splits, m, n)``, float32 if there are
+      several.
 
     Raises:
       NotImplementedError: If the kernel or the config does not support the problem; says why.
@@ -273,5 +286,7 @@ def matmul(
         out_dtype=jnp.dtype(out_dtype),
         interpret=interpret,
     )
-    out = out[:m] if rows > m else out
-    return out[None] if keep_splits else out
+    out = out[..., :m, :] if rows > m else out
+    if keep_splits:
+        return out if config.splits > 1 else out[None]
+    return out.sum(0).astype(out_dtype) if config.splits > 1 else out

@@ -1,0 +1,113 @@
+"""The weight-only kernel for many rows on the GPU; see test_gpu.py."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax._device import mosaic_gpu_unsupported_reason
+from qjax.formats import QuantFormat
+from qjax.ops.packed import pack_for_mosaic, packed_dot
+from qjax.pallas_kernels.weight_only_large import Config
+from tests import tolerances
+from tests.tolerances import relative_error
+
+pytestmark = pytest.mark.gpu
+
+# Format, type of the products, tolerance of a float32 output.
+WEIGHTS: dict[str, tuple[QuantFormat, str, float]] = {
+    "int4_g128": (qjax.INT4_G128, "bfloat16", tolerances.F32_SUM_GPU),
+    "int4_g128_f16": (qjax.INT4_G128, "float16", tolerances.F16_WEIGHTS),
+    "int4_g64": (qjax.INT4_G64, "bfloat16", tolerances.F32_SUM_GPU),
+    "int4_g32_asym": (qjax.INT4_G32_ASYM, "bfloat16", tolerances.F32_SUM_GPU),
+    "int4_g32_asym_f16": (qjax.INT4_G32_ASYM, "float16", tolerances.F16_ZERO_POINTS),
+    "int4_channel": (qjax.INT4_CHANNEL, "bfloat16", tolerances.F32_SUM_GPU),
+    "int8_channel": (qjax.INT8_CHANNEL, "bfloat16", tolerances.F32_SUM_GPU),
+    "int8_g128": (qjax.INT8_G128, "bfloat16", tolerances.F32_SUM_GPU),
+    "e4m3_channel": (qjax.FP8_E4M3_CHANNEL, "bfloat16", tolerances.F32_SUM_GPU),
+    "e4m3_block128": (qjax.FP8_E4M3_BLOCK128, "bfloat16", tolerances.F32_SUM_GPU),
+    "e5m2_channel": (qjax.FP8_E5M2_CHANNEL, "float16", tolerances.F32_SUM_GPU),
+}
+# The last of a tile's tokens lie over the edge; more and fewer stages than steps.
+CONFIGS: dict[str, tuple[str, Config]] = {
+    "wide": ("int8_channel", Config(256, 4)),
+    "wide_cluster": ("int4_channel", Config(256, 5, cluster=2)),
+    "narrow_deep_raster": ("e4m3_channel", Config(72, 12, raster=2)),
+    "sums": ("int4_g128", Config(160, 6)),
+    "splits": ("int8_channel", Config(104, 4, cluster=2, splits=4)),
+    "sums_splits": ("int4_g128", Config(152, 4, splits=2)),
+    "sums_cluster": ("int4_g128", Config(128, 5, cluster=2)),
+    "sums_of_short_groups": ("int4_g32_asym", Config(120, 4, cluster=2)),
+    "f16_cluster": ("int4_g128_f16", Config(208, 5, cluster=2)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _needs_hopper() -> None:
+    reason = mosaic_gpu_unsupported_reason()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def _operands(
+    rng: np.random.Generator, m: int, k: int, n: int, name: str
+) -> tuple[jax.Array, qjax.PackedWeight]:
+    fmt, compute, _ = WEIGHTS[name]
+    values = rng.standard_normal((k, n), np.float32)
+    values *= np.exp(rng.standard_normal((1, n))).astype(np.float32)
+    w = pack_for_mosaic(qjax.quantize(jnp.asarray(values), fmt), compute=compute)
+    x = rng.standard_normal((m, k), np.float32)
+    return jnp.asarray(x, jnp.bfloat16), w
+
+
+def _check(x: jax.Array, w: qjax.PackedWeight, out: jax.Array, tolerance: float) -> None:
+    weight = np.asarray(w.dequantize(jnp.float32), np.float64)
+    reference = np.asarray(x, np.float64) @ weight
+    error = relative_error(out, reference)
+    print(f"relative error {error:.2e} of {tolerance:.2e}")
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs(name: str, rng: np.random.Generator) -> None:
+    weight, config = CONFIGS[name]
+    x, w = _operands(rng, 300, 1024, 768, weight)
+    run = jax.jit(lambda x, w: packed_dot(x, w, out_dtype=jnp.float32, config=config))
+    out = run(x, w)
+    _check(x, w, out, WEIGHTS[weight][2])
+    assert (out == run(x, w)).all(), "results must not differ from run to run"
+
+
+@pytest.mark.parametrize("m", [65, 128, 515])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_and_rows(name: str, m: int, rng: np.random.Generator) -> None:
+    tolerance = WEIGHTS[name][2]
+    x, w = _operands(rng, m, 1024, 512, name)
+    run = jax.jit(packed_dot)
+    out = run(x, w)
+    assert out.dtype == jnp.bfloat16
+    _check(x, w, out, tolerance + tolerances.BF16_OUTPUT)
+    assert (out == run(x, w)).all(), "results must not differ from run to run"
+
+
+@pytest.mark.parametrize("name", ["int4_g128", "int8_channel"])
+def test_large_layers(name: str, rng: np.random.Generator) -> None:
+    """Many tiles per CTA, for layers of an 8B model."""
+    for m, k, n in ((2048, 4096, 6144), (128, 14336, 4096)):
+        x, w = _operands(rng, m, k, n, name)
+        out = jax.jit(packed_dot)(x, w)
+
+        @jax.jit
+        def error(x: jax.Array, w: qjax.PackedWeight, out: jax.Array) -> jax.Array:
+            wide, highest = x.astype(jnp.float32), jax.lax.Precision.HIGHEST
+            reference = jnp.dot(wide, w.dequantize(jnp.float32), precision=highest)
+            off = jnp.linalg.norm(out.astype(jnp.float32) - reference)
+            return off / jnp.linalg.norm(reference)
+
+        found = float(error(x, w, out))
+        print(f"{m=} {k=} {n=} relative error {found:.2e}")
+        assert found < WEIGHTS[name][2] + tolerances.BF16_OUTPUT
+        assert (out == jax.jit(packed_dot)(x, w)).all()
