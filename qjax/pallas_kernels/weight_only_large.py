@@ -141,6 +141,8 @@ def config_unsupported_reason(config: Config, p: Problem) -> str | None:
         return (
             f"columns={config.columns}; at most {_MAX_COLUMNS[scaled_sums(p)]} fit into registers"
         )
+    if config.cluster > 1 and config.columns % 16:
+        return f"columns={config.columns}; two CTAs share multiples of 16"
     if config.cluster > 1 and p.n % (2 * WARPGROUPS * _layout.BLOCK_N):
         return f"n={p.n} is no multiple of {2 * WARPGROUPS * _layout.BLOCK_N}: no pairs of tiles"
     if p.k % (config.splits * _layout.BLOCK_K):
@@ -183,7 +185,8 @@ def _candidates(p: Problem) -> list[Config]:
     # Equal tiles, as few as there must be and somewhat more.
     least = -(-tokens // widest)
     counts = range(least, least + 8 + least // 2)
-    wide = sorted({-(-tokens // count // 8) * 8 for count in counts}, reverse=True)
+    sizes = {-(-tokens // count // unit) * unit for count in counts for unit in (8, 16)}
+    wide = sorted((size for size in sizes if size <= widest), reverse=True)
     found = []
     for columns, splits in itertools.product(wide, (1, 2, 3, 4, 7, 8)):
         # Splits only help where there are fewer tiles than multiprocessors.

@@ -37,10 +37,10 @@ CONFIGS: dict[str, tuple[str, Config]] = {
     "wide_cluster": ("int4_channel", Config(256, 5, cluster=2)),
     "narrow_deep_raster": ("e4m3_channel", Config(72, 12, raster=2)),
     "sums": ("int4_g128", Config(160, 6)),
-    "splits": ("int8_channel", Config(104, 4, cluster=2, splits=4)),
+    "splits": ("int8_channel", Config(112, 4, cluster=2, splits=4)),
     "sums_splits": ("int4_g128", Config(152, 4, splits=2)),
     "sums_cluster": ("int4_g128", Config(128, 5, cluster=2)),
-    "sums_of_short_groups": ("int4_g32_asym", Config(120, 4, cluster=2)),
+    "sums_of_short_groups": ("int4_g32_asym", Config(112, 4, cluster=2)),
     "f16_cluster": ("int4_g128_f16", Config(208, 5, cluster=2)),
 }
 
