@@ -61,6 +61,8 @@ class QuantizedKVCache:
       formats: Static. Format per layer.
       page_size: Static. Tokens per page.
       share_pages: Static. Whether sequences may share full pages.
+      counted: Static. Whether ``append`` keeps ``layer_absmax``, ``layer_saturated`` and
+        ``layer_underflowed``. Small reductions, but a kernel or two per layer and step.
     """
 
     keys: tuple[Array, ...]
@@ -76,6 +78,7 @@ class QuantizedKVCache:
     formats: tuple[KVFormat, ...] = dataclasses.field(metadata=_static())
     page_size: int = dataclasses.field(metadata=_static())
     share_pages: bool = dataclasses.field(default=False, metadata=_static())
+    counted: bool = dataclasses.field(default=True, metadata=_static())
 
     @classmethod
     def init(
@@ -91,6 +94,7 @@ class QuantizedKVCache:
         fmt: KVFormat | Sequence[KVFormat],
         static_scales: StaticScales | None = None,
         share_pages: bool = False,
+        counted: bool = True,
     ) -> QuantizedKVCache:
         """An empty cache with an unassigned page table.
 
@@ -106,6 +110,7 @@ class QuantizedKVCache:
           static_scales: Per layer ``(key scale, value scale)`` for layers in mode ``static`` (a
             scalar for granularity ``tensor``, ``[kv_heads]`` for ``head``) and None for the others.
           share_pages: Let sequences share full pages.
+          counted: Keep the largest magnitudes and the counters.
 
         Returns:
           The cache. No page is assigned: give it a table with ``with_page_table``.
@@ -168,6 +173,7 @@ class QuantizedKVCache:
             formats=formats,
             page_size=page_size,
             share_pages=share_pages,
+            counted=counted,
         )
 
     @property

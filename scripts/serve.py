@@ -284,6 +284,7 @@ def generate(args: argparse.Namespace) -> None:
         max_total_tokens=args.max_total_tokens,
         chunked_prefill_size=args.chunked_prefill_size,
         prefix_cache=not args.disable_radix_cache,
+        kv_counters=True if args.kv_stats or args.export_kv_scales else None,
     )
 
     streaming = args.output is None and len(jobs) == 1

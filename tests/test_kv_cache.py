@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -271,3 +273,15 @@ def test_zeros_tiny_and_huge_tokens(dtype, mode):
     only_inf = np.full((1, 1, HEADS, DIM), np.inf, np.float32)
     cache = add(make(KVFormat(dtype, mode)), only_inf, only_inf, slots=(0,))
     assert stored(cache)[0][0, :1].max() == 0
+
+
+def test_without_counters_the_same_is_stored():
+    """Counters are a choice; what is stored does not depend on it."""
+    keys, values = tokens(3, (2, 5))
+    fmt = next(f for f in QUANTIZED if f.mode == "tracked")
+    kept = add(make(fmt), keys, values, 0)
+    bare = add(dataclasses.replace(make(fmt), counted=False), keys, values, 0)
+    for a, b in zip(stored(kept), stored(bare), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.asarray(kept.layer_absmax[0]).max() > 0
+    assert np.asarray(bare.layer_absmax[0]).max() == 0

@@ -47,7 +47,9 @@ class DecoderLayer(nn.Module):
         cache: QuantizedKVCache | None = None,
         slots: jax.Array | None = None,
         valid: jax.Array | None = None,
-    ) -> tuple[jax.Array, QuantizedKVCache | None, Taps]:
+        delta: jax.Array | None = None,
+        keep_delta: bool = False,
+    ) -> tuple[Any, QuantizedKVCache | None, Taps]:
         """Apply the block.
 
         Args:
@@ -56,19 +58,25 @@ class DecoderLayer(nn.Module):
           cache: KV cache, or None to attend over these tokens only.
           slots: int32 ``(b,)``, cache slot of each sequence.
           valid: bool ``(b, t)``, False for padding.
+          delta: ``(s, b, t, hidden)``: what the block before left to be added to ``x``.
+          keep_delta: Leave the last addition to the block after, which does it on the way to its
+            first normalisation.
 
         Returns:
-          ``(b, t, hidden)``, the new cache, and taps: the input of every linear layer under its
-          name in the block (``"self_attn/q_proj"``, ``"mlp/down_proj"``, ...), and the keys and
-          values under ``"self_attn/keys"`` and ``"self_attn/values"``. Taps which are not used
-          cost nothing under jit.
+          ``(b, t, hidden)``, or with ``keep_delta`` the pair of that and a delta; the new cache;
+          and taps: the input of every linear layer under its name in the block
+          (``"self_attn/q_proj"``, ``"mlp/down_proj"``, ...), and the keys and values under
+          ``"self_attn/keys"`` and ``"self_attn/values"``. Taps which are not used cost nothing
+          under jit.
         """
         c = self.config
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         # Projections back into the residual stream start smaller (GPT-2), so that its variance
         # does not grow with depth.
         out_init_std = 0.02 / (2 * c.num_layers) ** 0.5
-        h = RMSNorm(c.rms_norm_eps, name="input_layernorm", **dtypes)(x)
+        norms: dict[str, Any] = {"backend": self.dot_backend, **dtypes}
+        norm = RMSNorm(c.rms_norm_eps, name="input_layernorm", **norms)
+        x, h = (x, norm(x)) if delta is None else norm(x, delta)
         attn = Attention(
             layer=self.layer,
             num_q_heads=c.num_q_heads,
@@ -84,24 +92,27 @@ class DecoderLayer(nn.Module):
             out_init_std=out_init_std,
             dot_backend=self.dot_backend,
             attention_backend=self.attention_backend,
+            keep_splits=True,
             name="self_attn",
             **dtypes,
         )
         h, cache, attn_taps = attn(h, positions, cache, slots, valid)
-        x = x + h
-        h = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm", **dtypes)(x)
+        x, h = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm", **norms)(x, h)
         mlp = GatedMLP(
             c.intermediate_size,
             use_bias=c.mlp_bias,
             out_init_std=out_init_std,
             backend=self.dot_backend,
+            keep_splits=True,
             name="mlp",
             **dtypes,
         )
-        h, mlp_taps = mlp(h)
+        delta, mlp_taps = mlp(h)
         taps = {f"self_attn/{k}": v for k, v in attn_taps.items()}
         taps |= {f"mlp/{k}": v for k, v in mlp_taps.items()}
-        return x + h, cache, taps
+        if keep_delta:
+            return (x, delta), cache, taps
+        return x + delta.astype(jnp.float32).sum(0).astype(x.dtype), cache, taps
 
 
 class Embedding(nn.Module):
@@ -145,7 +156,8 @@ class Backbone(nn.Module):
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embed = Embedding(c.vocab_size, c.hidden_size, name="embed_tokens", **dtypes)
         x, table = embed(tokens)
-        block = nn.remat(DecoderLayer) if self.remat else DecoderLayer
+        block = nn.remat(DecoderLayer, static_argnums=(7,)) if self.remat else DecoderLayer
+        delta = None
         for i in range(c.num_layers):
             layer = block(
                 config=c,
@@ -155,10 +167,13 @@ class Backbone(nn.Module):
                 name=f"layers_{i}",
                 **dtypes,
             )
-            x, cache, _ = layer(x, positions, cache, slots, valid)
+            (x, delta), cache, _ = layer(x, positions, cache, slots, valid, delta, True)
         if logits_at is not None:
-            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
-        return RMSNorm(c.rms_norm_eps, name="norm", **dtypes)(x), table, cache
+            at = logits_at[:, None, None]
+            x = jnp.take_along_axis(x, at, axis=1)
+            delta = None if delta is None else jnp.take_along_axis(delta, at[None], axis=2)
+        norm = RMSNorm(c.rms_norm_eps, backend=self.dot_backend, name="norm", **dtypes)
+        return norm(x) if delta is None else norm(x, delta)[1], table, cache
 
 
 class Decoder(nn.Module):

@@ -36,6 +36,7 @@ class Attention(nn.Module):
       out_init_std: Standard deviation of a freshly initialised output projection.
       dot_backend: Passed to ``quantized_dot``.
       attention_backend: Passed to ``paged_attention``.
+      keep_splits: Return ``(s, b, t, hidden)``, to be summed over ``s``.
     """
 
     layer: int
@@ -54,6 +55,7 @@ class Attention(nn.Module):
     out_init_std: float = 0.02
     dot_backend: str | None = None
     attention_backend: str | None = None
+    keep_splits: bool = False
 
     @nn.compact
     def __call__(
@@ -147,6 +149,7 @@ class Attention(nn.Module):
             hidden_size,
             use_bias=self.use_out_bias,
             init_std=self.out_init_std,
+            keep_splits=self.keep_splits,
             name="o_proj",
             **common,
         )

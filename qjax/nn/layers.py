@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.ops.dot import quantized_dot
+from qjax.ops.norm import add_rms_norm, rms_norm
 from qjax.ops.packed import PackedWeight
 from qjax.quantized_array import QuantizedArray
 
@@ -32,6 +33,7 @@ class QuantDense(nn.Module):
       out_dtype: Result dtype, ``dtype`` where None.
       param_dtype: Dtype of freshly initialised parameters.
       init_std: Standard deviation of a freshly initialised kernel.
+      keep_splits: Return ``(s, ..., out)``, to be summed over ``s``; see ``quantized_dot``.
       backend: Passed to ``quantized_dot``.
     """
 
@@ -42,6 +44,7 @@ class QuantDense(nn.Module):
     out_dtype: Any = None
     param_dtype: Any = jnp.float32
     init_std: float = 0.02
+    keep_splits: bool = False
     backend: str | None = None
 
     @nn.compact
@@ -59,12 +62,20 @@ class QuantDense(nn.Module):
             kernel = kernel.astype(self.dtype)
         x = x.astype(self.dtype)
         out_dtype = self.dtype if self.out_dtype is None else self.out_dtype
-        y = quantized_dot(x, kernel, out_dtype=out_dtype, backend=self.backend)
+        # A bias is added to the whole sum.
+        y = quantized_dot(
+            x,
+            kernel,
+            out_dtype=out_dtype,
+            keep_splits=self.keep_splits and not self.use_bias,
+            backend=self.backend,
+        )
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             if not self.add_bias:
                 return y
             y = y + bias.astype(out_dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+            y = y[None] if self.keep_splits else y
         return y
 
 
@@ -74,15 +85,26 @@ class RMSNorm(nn.Module):
     eps: float
     dtype: Any = jnp.bfloat16
     param_dtype: Any = jnp.float32
+    backend: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Any shape; the result has dtype ``dtype``."""
+    def __call__(self, x: jax.Array, delta: jax.Array | None = None) -> Any:
+        """Normalise, after adding to the residual stream if there is something to add.
+
+        Args:
+          x: ``(..., d)``.
+          delta: ``(s, ..., d)``, added to ``x`` first; see ``add_rms_norm``.
+
+        Returns:
+          ``(..., d)`` of ``dtype``; with a delta the new ``x`` as well, before it.
+        """
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        x32 = x.astype(jnp.float32)
-        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        y = y * weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        return y.astype(self.dtype)
+        if delta is None:
+            return rms_norm(x, weight, self.eps, self.dtype)
+        # A named backend is one for products; of rows that it does not take, XLA takes care here.
+        backend = "xla" if self.backend == "xla" else None
+        x, y = add_rms_norm(x, delta, weight, self.eps, backend=backend)
+        return x, y.astype(self.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -94,10 +116,14 @@ class GatedMLP(nn.Module):
     param_dtype: Any = jnp.float32
     out_init_std: float = 0.02
     backend: str | None = None
+    keep_splits: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Taps]:
-        """``(..., hidden)`` to ``(..., hidden)``, and the inputs of the three linear layers."""
+        """``(..., hidden)`` to ``(..., hidden)``, and the inputs of the three linear layers.
+
+        With ``keep_splits`` the result is ``(s, ..., hidden)``, to be summed over ``s``.
+        """
         common: dict[str, Any] = {
             "use_bias": self.use_bias,
             "dtype": self.dtype,
@@ -114,7 +140,13 @@ class GatedMLP(nn.Module):
             gate = QuantDense(self.intermediate_size, name="gate_proj", **common)(x)
             up = QuantDense(self.intermediate_size, name="up_proj", **common)(x)
         hidden = nn.silu(gate) * up
-        down = QuantDense(x.shape[-1], init_std=self.out_init_std, name="down_proj", **common)
+        down = QuantDense(
+            x.shape[-1],
+            init_std=self.out_init_std,
+            keep_splits=self.keep_splits,
+            name="down_proj",
+            **common,
+        )
         return down(hidden), {"gate_proj": x, "up_proj": x, "down_proj": hidden}
 
     def _bias(self, name: str) -> jax.Array:

@@ -38,6 +38,7 @@ def quantized_dot(
     *,
     activation_format: QuantFormat | None = None,
     out_dtype: DType | None = None,
+    keep_splits: bool = False,
     backend: str | None = None,
 ) -> Array:
     """``x @ w`` for a plain or quantized weight, accumulated in float32 (int32 for int8 x int8).
@@ -50,11 +51,14 @@ def quantized_dot(
         ``w.fmt.activation`` by default, and none if that is None. Integer activations meet integer
         weights, float activations float weights.
       out_dtype: Result type; ``x.dtype`` by default.
+      keep_splits: Return partial sums over parts of ``k`` if there are any, for an op that adds
+        them on the way (``add_rms_norm``).
       backend: ``"xla"``, ``"mosaic_gpu"``, or None: the kernels for packed weights where they can
         run (``unsupported_reason`` says why not), XLA for all else.
 
     Returns:
-      ``(..., n)`` in ``out_dtype``.
+      ``(..., n)`` in ``out_dtype``. With ``keep_splits`` ``(s, ..., n)``, to be summed over ``s``:
+      one of ``out_dtype``, or several of float32.
 
     Raises:
       ValueError: If shapes do not match, or activation and weight formats cannot be combined.
@@ -73,7 +77,8 @@ def quantized_dot(
             raise ValueError(f"{activation_format.name} activations need a quantized weight")
         # In float32 autodiff's own rules are as good, and forward mode works too.
         dot = _dot if x.dtype.itemsize > 2 else _dot_16bit
-        return dot(x, w.astype(x.dtype)).astype(out_dtype)
+        out = dot(x, w.astype(x.dtype)).astype(out_dtype)
+        return out[None] if keep_splits else out
     chosen = choose_backend("quantized_dot", backend, unsupported_reason(x, w))
     if isinstance(w, PackedWeight):
         if activation_format not in (None, w.fmt.activation):
@@ -82,7 +87,7 @@ def quantized_dot(
                 "with them as fmt.activation"
             )
         if chosen == "mosaic_gpu":
-            return packed_dot(x, w, out_dtype=out_dtype)
+            return packed_dot(x, w, out_dtype=out_dtype, keep_splits=keep_splits)
         w = w.unpack()
     activation_format = w.fmt.activation if activation_format is None else activation_format
     rows = math.prod(x.shape[:-1])
@@ -93,7 +98,8 @@ def quantized_dot(
         out = _weight_only(flat, w)
     else:
         out = _quantized_activations(flat, w, activation_format)
-    return out.astype(out_dtype).reshape(*x.shape[:-1], w.shape[1])
+    out = out.astype(out_dtype).reshape(*x.shape[:-1], w.shape[1])
+    return out[None] if keep_splits else out
 
 
 def _dot(x: Array, w: Array) -> Array:

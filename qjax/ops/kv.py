@@ -199,6 +199,8 @@ def append(
             if fmt.stores_scales and held_scale is not None and scale is not None:
                 held_scale = put(held_scale, scale)
             page_scales.append(held_scale)
+        if not cache.counted:
+            continue
         outside = ~finite
         if fmt.mode in ("none", "static"):  # the other modes never clip a finite value
             top = jnp.float32(fmt.clipped_from) * (jnp.float32(1) if wide is None else wide)
@@ -219,10 +221,13 @@ def append(
         "values": pages[1],
         "key_scales": page_scales[0],
         "value_scales": page_scales[1],
-        "layer_absmax": jnp.maximum(cache.layer_absmax[layer], jnp.stack(seen)),
-        "layer_saturated": counted(cache.layer_saturated[layer], clipped),
-        "layer_underflowed": counted(cache.layer_underflowed[layer], lost),
     }
+    if cache.counted:
+        changes |= {
+            "layer_absmax": jnp.maximum(cache.layer_absmax[layer], jnp.stack(seen)),
+            "layer_saturated": counted(cache.layer_saturated[layer], clipped),
+            "layer_underflowed": counted(cache.layer_underflowed[layer], lost),
+        }
     statistic = cache.running[layer]
     if statistic is not None:
         tracked = jnp.stack(limits)

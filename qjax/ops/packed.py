@@ -6,7 +6,7 @@ interpreter, but have not yet run on hardware.
 
 A ``PackedWeight`` stands where a ``QuantizedArray`` stood and multiplies by the same
 ``quantized_dot`` (one whose format names 8-bit activations is the subclass ``PackedW8A8`` of
-``packed_w8a8``); for what the kernels do not take (more than 64 rows, other devices) it is
+``packed_w8a8``); for what the kernels do not take (other devices, say) it is
 unpacked inside the program and multiplied by XLA. Inference only: the kernels have no gradient.
 """
 
@@ -24,7 +24,7 @@ from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
 from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles
-from qjax.pallas_kernels import _codes, _layout, weight_only
+from qjax.pallas_kernels import _codes, _layout, weight_only, weight_only_large
 from qjax.quantize import is_quantized
 from qjax.quantized_array import QuantizedArray, packed_nbytes
 from qjax.typing import Array, DType, PyTree
@@ -279,7 +279,8 @@ def packed_unsupported_reason(x: Array, w: PackedWeight, *, interpret: bool = Fa
     elif _compute_dtype(x, w) == "bfloat16" and x.dtype == jnp.float16:
         reason = "float16 activations meet a weight packed with compute='bfloat16'"
     else:
-        reason = weight_only.unsupported_reason(packed_problem(x, w))
+        problem = packed_problem(x, w)
+        reason = weight_only_kernel(problem.m).unsupported_reason(problem)
     if reason is not None:
         return reason
     if not interpret:
@@ -287,6 +288,11 @@ def packed_unsupported_reason(x: Array, w: PackedWeight, *, interpret: bool = Fa
     if JAX_VERSION < MOSAIC_GPU_MIN_JAX:
         return f"jax {jax.__version__} is older than {'.'.join(map(str, MOSAIC_GPU_MIN_JAX))}"
     return None
+
+
+def weight_only_kernel(m: int) -> Any:
+    """The module of the kernel for ``m`` rows of 16-bit activations."""
+    return weight_only if m <= weight_only.MAX_ROWS else weight_only_large
 
 
 def packed_problem(
@@ -316,21 +322,22 @@ def packed_dot(
     *,
     out_dtype: DType | None = None,
     config: Any = None,
+    keep_splits: bool = False,
     interpret: bool = False,
 ) -> Array:
     """``x @ w`` by the kernel; ``quantized_dot`` is the function that chooses.
 
     Args:
-      x: Activations ``(..., k)``, bfloat16 or float16, at most 64 rows unless the weight's format
-        names activations to quantize them to.
+      x: Activations ``(..., k)``, bfloat16 or float16.
       w: Packed weight ``(k, n)``.
       out_dtype: Result type; ``x.dtype`` by default.
-      config: How the kernel cuts up the work, a ``weight_only.Config`` or ``w8a8.Config``; its
-        heuristic by default.
+      config: How the kernel cuts up the work, a ``Config`` of the module ``weight_only_kernel``
+        names or, with 8-bit activations, of ``w8a8``; its heuristic by default.
+      keep_splits: See ``quantized_dot``.
       interpret: Run in the Pallas interpreter.
 
     Returns:
-      ``(..., n)`` in ``out_dtype``.
+      ``(..., n)`` in ``out_dtype``; with ``keep_splits`` see ``quantized_dot``.
 
     Raises:
       NotImplementedError: If the kernel cannot run; the message says why.
@@ -340,14 +347,15 @@ def packed_dot(
         raise NotImplementedError(f"packed_dot: mosaic_gpu cannot run here: {reason}")
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
     if w.fmt.activation is not None:
-        return _w8a8().dot(x, w, out_dtype=out_dtype, config=config, interpret=interpret)
+        out = _w8a8().dot(x, w, out_dtype=out_dtype, config=config, interpret=interpret)
+        return out[None] if keep_splits else out
     flat = x.reshape(-1, x.shape[-1])
     if w.perm is not None:
         flat = jnp.take(flat, w.perm, axis=-1)
     row_scale = None
     if flat.dtype.name != _compute_dtype(x, w):
         flat, row_scale = _to_float16(flat)
-    out = weight_only.matmul(
+    out = weight_only_kernel(flat.shape[0]).matmul(
         flat,
         w.words,
         w.scales,
@@ -356,9 +364,10 @@ def packed_dot(
         kind=w.kind,
         config=config,
         out_dtype=out_dtype,
+        keep_splits=keep_splits,
         interpret=interpret,
     )
-    return out.reshape(*x.shape[:-1], w.shape[1])
+    return out.reshape(*out.shape[:-2], *x.shape[:-1], w.shape[1])
 
 
 def _to_float16(x: Array) -> tuple[Array, Array]:

@@ -29,18 +29,24 @@ def call(
     column: Array,
     row_scale: Array | None,
     *,
+    rows: int,
     kind: str,
     config: Config,
     out_dtype: Any,
     interpret: bool,
 ) -> Array:
-    """Run the kernel on padded rows; arguments as in ``weight_only.matmul``.
+    """Run the kernel; arguments as in ``weight_only.matmul``.
+
+    Args:
+      rows: Rows that are computed, at least the ``m`` of ``x``, which are fewer than 8 or a
+        multiple of 8. TMA reads the missing ones as zeros and does not write them. (The other
+        arguments: see there.)
 
     Returns:
-      ``(rows, n)`` in ``out_dtype``, or with ``config.splits > 1`` float32 partial sums
-      ``(splits, rows, n)``.
+      ``(m, n)`` in ``out_dtype``, or with ``config.splits > 1`` float32 partial sums
+      ``(splits, m, n)``.
     """
-    rows, k = x.shape
+    m, k = x.shape
     n = words.shape[1] * _BLOCK_N
     bits, compute = _codes.CODES[kind].bits, x.dtype
     warpgroups, stages, splits = config.warpgroups, config.stages, config.splits
@@ -50,9 +56,9 @@ def call(
         groups, parts = scales.shape[0] * _BLOCK_K // k, scales.shape[1]
     columns = warpgroups * _BLOCK_N
     if splits > 1:
-        out_type = jax.ShapeDtypeStruct((splits, rows, n), jnp.float32)
+        out_type = jax.ShapeDtypeStruct((splits, m, n), jnp.float32)
     else:
-        out_type = jax.ShapeDtypeStruct((rows, n), out_dtype)
+        out_type = jax.ShapeDtypeStruct((m, n), out_dtype)
     operands = {"words": words, "column": column, "x": x, "scales": scales, "row_scale": row_scale}
     operands = {name: value for name, value in operands.items() if value is not None}
 
@@ -106,7 +112,8 @@ def call(
                 if groups:
                     source = gmem["scales"].at[pl.ds(at * groups, groups)]
                     copy(source.at[:, :, pl.ds(tile * columns, columns)], "scales_smem")
-                copy(gmem["x"].at[:, pl.ds(at * _BLOCK_K, _BLOCK_K)], "x_smem")
+                x_rows = _all_rows(i, rows)
+                copy(gmem["x"].at[x_rows, pl.ds(at * _BLOCK_K, _BLOCK_K)], "x_smem")
 
             # No barrier is left with an arrival that nobody saw.
             @pl.loop(max(steps - stages, 0), steps)
@@ -148,6 +155,15 @@ def call(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     return run(*operands.values())
+
+
+def _all_rows(index: Array, rows: int) -> Any:
+    """Rows 0 to ``rows``, which may be more than there are.
+
+    The start is not known at compile time to be zero, so nothing but TMA compares it with the
+    number of rows.
+    """
+    return pl.ds(pl.multiple_of(lax.min(index, jnp.int32(0)), 8), rows)
 
 
 def _transforms(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:
@@ -378,5 +394,6 @@ def _store(
     out = gmem["out"]
     if config.splits > 1:
         out = out.at[lax.axis_index("split")]
-    plgpu.copy_smem_to_gmem(out_smem, out.at[:, features])
+    rows = _all_rows(lax.axis_index("n"), acc.shape[1])
+    plgpu.copy_smem_to_gmem(out_smem, out.at[rows, features])
     plgpu.wait_smem_to_gmem(0)

@@ -282,6 +282,7 @@ def matmul(
     kind: str,
     config: Config | None = None,
     out_dtype: DType = jnp.bfloat16,
+    keep_splits: bool = False,
     interpret: bool = False,
 ) -> Array:
     """``x @ weight`` for a packed weight.
@@ -297,10 +298,12 @@ def matmul(
       kind: Type of the codes.
       config: How the work is cut up; ``heuristic_config`` by default.
       out_dtype: Result type: float32, bfloat16 or float16.
+      keep_splits: Leave the partial sums of the splits to the caller.
       interpret: Run in the Pallas interpreter, on any device.
 
     Returns:
-      ``(m, n)`` in ``out_dtype``.
+      ``(m, n)`` in ``out_dtype``. With ``keep_splits``, ``(1, m, n)`` of it, or the float32 partial
+      sums ``(splits, m, n)``.
 
     Raises:
       NotImplementedError: If the kernel or the config does not support the problem; says why.
@@ -327,21 +330,26 @@ def matmul(
     # every jaxlib.
     from qjax.pallas_kernels import _weight_only_body
 
-    pad = problem.rows - m
+    # TMA cuts off what is beyond the last row, in steps of 8. The interpreter does not.
+    pad = problem.rows - m if interpret else -m % 8 if m > 8 else 0
     if pad:
         x = jnp.pad(x, ((0, pad), (0, 0)))
-        row_scale = None if row_scale is None else jnp.pad(row_scale, (0, pad))
+    if row_scale is not None and problem.rows > m:
+        row_scale = jnp.pad(row_scale, (0, problem.rows - m))
     out = _weight_only_body.call(
         x,
         words,
         scales,
         column,
         row_scale,
+        rows=problem.rows,
         kind=kind,
         config=config,
         out_dtype=jnp.dtype(out_dtype),
         interpret=interpret,
     )
-    if config.splits > 1:
+    if keep_splits:
+        out = out if config.splits > 1 else out[None]
+    elif config.splits > 1:
         out = out.sum(0).astype(out_dtype)
-    return out[:m] if pad else out
+    return out[..., :m, :] if pad else out

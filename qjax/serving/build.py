@@ -46,6 +46,7 @@ def engine_config(
     max_total_tokens: int | None = None,
     chunked_prefill_size: int | None = None,
     prefix_cache: bool = True,
+    kv_counters: bool | None = None,
 ) -> EngineConfig:
     """Sizes of an engine; None for what suits the default device.
 
@@ -56,6 +57,7 @@ def engine_config(
       max_total_tokens: Tokens in the whole KV cache; all slots at their longest.
       chunked_prefill_size: Prompt tokens per pass; 256 on CPU, 2048 on GPU.
       prefix_cache: Share pages of prompts that begin alike.
+      kv_counters: Count what the KV cache loses; None does on CPUs, where it costs nothing much.
 
     Raises:
       ValueError: If a size is out of range.
@@ -78,6 +80,7 @@ def engine_config(
         num_pages=pages,
         chunked_prefill_size=chunked_prefill_size,
         prefix_cache=prefix_cache,
+        kv_counters=not on_gpu if kv_counters is None else kv_counters,
     )
 
 

@@ -55,6 +55,8 @@ class EngineConfig:
       prefix_cache: Share the full pages of prompts that begin with the same tokens, also with
         requests that have ended, as long as nobody needs the room. Results are the same to the bit;
         time is saved chunk by chunk of ``chunked_prefill_size``.
+      kv_counters: Keep the KV cache's counters and largest magnitudes. They are kept in any case
+        where values can be clipped, which is where scales are static.
 
     Raises:
       ValueError: If a size is out of range.
@@ -68,6 +70,7 @@ class EngineConfig:
     prefill_rows: int | None = None
     decode_block: int = 16
     prefix_cache: bool = False
+    kv_counters: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -202,6 +205,7 @@ class Engine:
             fmt=kv_format,
             static_scales=static_scales,
             share_pages=config.prefix_cache,
+            counted=config.kv_counters or static_scales is not None,
         )
         self._state = DecodeState.init(slots)
         self.next_id = 0

@@ -153,6 +153,8 @@ def random_cache(
 ) -> QuantizedKVCache:
     """A cache with ``batch`` sequences of up to ``length`` tokens on shuffled pages, random inside.
 
+    As an engine on a GPU has it: without counters.
+
     Raises:
       ValueError: If a format is static: random contents have no calibrated scales.
     """
@@ -167,6 +169,7 @@ def random_cache(
         max_seqs=batch,
         pages_per_seq=pages_per_seq,
         fmt=fmt,
+        counted=False,
     )
     table = np.random.default_rng(seed).permutation(num_pages).astype(np.int32)
     cache = cache.with_page_table(table.reshape(batch, pages_per_seq))

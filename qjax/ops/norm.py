@@ -1,0 +1,90 @@
+"""Residual addition and RMS normalisation."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from qjax._device import mosaic_gpu_unsupported_reason
+from qjax.ops._dispatch import choose_backend
+from qjax.pallas_kernels import add_rms_norm as kernel
+from qjax.typing import Array, DType
+
+_F32 = jnp.float32
+
+
+def rms_norm(x: Array, weight: Array, eps: float, dtype: DType) -> Array:
+    """``x / sqrt(mean(x**2) + eps) * weight`` over the last axis, in float32, rounded once.
+
+    Args:
+      x: ``(..., d)``.
+      weight: ``(d,)``.
+      eps: Added to the mean square.
+      dtype: Type of the result.
+    """
+    wide = x.astype(_F32)
+    y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(_F32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(dtype)
+
+
+def add_rms_norm_unsupported_reason(residual: Array) -> str | None:
+    """Why the Mosaic GPU kernel cannot normalise these rows here; None if it can."""
+    rows = math.prod(residual.shape[:-1])
+    reason = kernel.unsupported_reason(rows, residual.shape[-1], residual.dtype)
+    return reason or mosaic_gpu_unsupported_reason()
+
+
+def add_rms_norm(
+    residual: Array, delta: Array, weight: Array, eps: float, *, backend: str | None = None
+) -> tuple[Array, Array]:
+    """Add to the residual stream and normalise it.
+
+    Args:
+      residual: ``(..., d)``.
+      delta: ``(s, ..., d)``: partial sums of what is added, as ``quantized_dot(keep_splits=True)``
+        returns them. Added in order in float32 and rounded to the type of ``residual``.
+      weight: ``(d,)``.
+      eps: Added to the mean square.
+      backend: ``"xla"``, ``"mosaic_gpu"``, or None for the kernel where it can run.
+
+    Returns:
+      The new residual and the normalised rows, in the type of ``residual``.
+
+    Raises:
+      NotImplementedError: If the named backend cannot run; the message says why.
+    """
+    reason = add_rms_norm_unsupported_reason(residual)
+    if choose_backend("add_rms_norm", backend, reason) == "xla":
+        return _reference(eps, residual, delta, weight)
+    return _by_kernel(eps, residual, delta, weight)
+
+
+def _reference(eps: float, residual: Array, delta: Array, weight: Array) -> tuple[Array, Array]:
+    total = functools.reduce(jnp.add, [part.astype(_F32) for part in delta])
+    residual = residual + total.astype(residual.dtype)
+    return residual, rms_norm(residual, weight, eps, residual.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernel(eps: float, residual: Array, delta: Array, weight: Array) -> tuple[Array, Array]:
+    rows, d = math.prod(residual.shape[:-1]), residual.shape[-1]
+    flat = delta.reshape(delta.shape[0], rows, d)
+    out, normed = kernel.add_rms_norm(residual.reshape(rows, d), flat, weight.astype(_F32), eps)
+    return out.reshape(residual.shape), normed.reshape(residual.shape)
+
+
+def _forward(eps: float, *arguments: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    return _by_kernel(eps, *arguments), arguments
+
+
+def _backward(
+    eps: float, arguments: tuple[Array, ...], cotangents: tuple[Array, Array]
+) -> tuple[Array, ...]:
+    _, pull_back = jax.vjp(functools.partial(_reference, eps), *arguments)
+    return pull_back(cotangents)
+
+
+_by_kernel.defvjp(_forward, _backward)
