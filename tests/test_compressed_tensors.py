@@ -241,10 +241,8 @@ def test_microscaling(storage: str, rng: np.random.Generator) -> None:
     wanted = values * np.repeat(full, tile, axis=1)
     np.testing.assert_array_equal(value(q), wanted.T)
     assert q.fmt.scale_dtype == ("float8_e4m3fn" if storage == "nvfp4" else "float8_e8m0fnu")
-    if storage == "nvfp4":
-        assert "reciprocal" in str(unwritable_reason(q))
-    else:
-        written(q, tensors)
+    tensors.pop(f"{LAYER}.input_global_scale", None)  # of activations, which stay in 16 bits
+    written(q, tensors)
 
 
 def test_activation_order(rng: np.random.Generator) -> None:

@@ -25,6 +25,8 @@ VERSION = "0.19.0"
 
 _ORDINARY_SCALES = ("float32", "bfloat16", "float16")
 
+NVFP4 = QuantFormat("float4_e2m1fn", "group", group_size=16, scale_dtype="float8_e4m3fn")
+
 
 def storage_format(fmt: QuantFormat) -> str:
     """The storage format upstream would choose."""
@@ -32,7 +34,8 @@ def storage_format(fmt: QuantFormat) -> str:
         packed = fmt.activation is None and fmt.granularity != "block"
         return "pack-quantized" if packed else "int-quantized"
     if fmt.bits == 4:
-        return "mxfp4-pack-quantized"
+        nvfp4 = fmt.scale_dtype == "float8_e4m3fn"
+        return "nvfp4-pack-quantized" if nvfp4 else "mxfp4-pack-quantized"
     if fmt.scale_dtype == "float8_e8m0fnu":
         return "mxfp8-quantized"
     return "naive-quantized" if fmt.activation is None else "float-quantized"
@@ -45,12 +48,16 @@ def unwritable_reason(q: QuantizedArray) -> str | None:
         return f"shape {q.shape}: only matrices (in, out) are written"
     if fmt.qtype == "float8_e5m2":
         return "float8_e5m2: the format has 8-bit floats of type e4m3 only"
+    if (fmt == NVFP4) != (q.global_scale is not None):
+        has = "without" if q.global_scale is None else "with"
+        return f"{fmt.name} {has} a global scale: NVFP4 has one, other formats have not"
     if q.global_scale is not None:
-        return (
-            "a global scale (NVFP4): the format stores its reciprocal, which does not give back "
-            "the same number"
-        )
-    if fmt.scale_dtype not in _ORDINARY_SCALES:
+        if global_divisor(q.global_scale) is None:
+            return (
+                f"its global scale, {float(q.global_scale)!r}, is the reciprocal of no float32 "
+                "number: the format stores the reciprocal, and it would read back as another scale"
+            )
+    elif fmt.scale_dtype not in _ORDINARY_SCALES:
         if fmt.scale_dtype != "float8_e8m0fnu" or fmt.is_int or fmt.group_size != 32:
             return f"{fmt.name} with {fmt.scale_dtype} scales: only MXFP4 and MXFP8 have such"
     elif fmt.is_float and fmt.bits == 4:
@@ -89,8 +96,35 @@ def _unwritable_activation(q: QuantizedArray, act: QuantFormat) -> str | None:
     return None
 
 
-def layer_specs(q: QuantizedArray) -> dict[str, TensorSpec]:
-    """Types and shapes of what ``pack_layer`` returns."""
+def global_divisor(scale: Any, stored: np.ndarray | None = None) -> np.ndarray | None:
+    """What the format stores for a global scale: a number whose float32 reciprocal is the scale.
+
+    17 % of all scales are the reciprocal of two float32 numbers, and 17 % of none.
+
+    Args:
+      scale: Float32 scalar, as ``QuantizedArray`` has it.
+      stored: What a checkpoint held that the layer comes from; preferred if it is one of those.
+
+    Returns:
+      The number, float32 of shape ``(1,)`` or that of ``stored``; None if there is none.
+    """
+    scale = np.asarray(scale, np.float32)
+    if not (np.isfinite(scale) and scale > 0):
+        return None
+    one = np.ones(1, np.float32)
+    with np.errstate(over="ignore"):  # scales too small to have a reciprocal
+        near = one / scale
+        candidates = [near, np.nextafter(near, one * 0), np.nextafter(near, one * np.inf)]
+        if stored is not None and stored.dtype == np.float32 and stored.size == 1:
+            candidates.insert(0, stored)
+        for divisor in candidates:
+            if 0 < divisor.item() < np.inf and (one / divisor).item() == scale.item():
+                return divisor
+    return None
+
+
+def layer_specs(q: QuantizedArray, divisor: np.ndarray | None = None) -> dict[str, TensorSpec]:
+    """Types and shapes of what ``pack_layer`` returns for the same arguments."""
     fmt, (k, n) = q.fmt, q.shape
     storage = storage_format(fmt)
     rows, groups = tile_counts(fmt, (k, n))
@@ -113,6 +147,10 @@ def layer_specs(q: QuantizedArray) -> dict[str, TensorSpec]:
             specs["weight_zero_point"] = TensorSpec(np.dtype("i4"), packed)
     if q.perm is not None:
         specs["weight_g_idx"] = TensorSpec(np.dtype("i4"), (k,))
+    if q.global_scale is not None:
+        stored = global_divisor(q.global_scale, divisor)
+        assert stored is not None  # unwritable_reason
+        specs["weight_global_scale"] = TensorSpec(stored.dtype, stored.shape)
     if q.act_scale is not None:
         specs["input_scale"] = TensorSpec(act_scale(q).dtype, (1,))
     return specs
@@ -123,11 +161,12 @@ def _packs_zero_points(fmt: QuantFormat) -> bool:
     return packed and fmt.granularity in ("group", "channel")
 
 
-def pack_layer(q: QuantizedArray) -> dict[str, np.ndarray]:
+def pack_layer(q: QuantizedArray, divisor: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Tensors of one layer, without its name in front.
 
     Args:
       q: Kernel ``(K, N)`` that ``unwritable_reason`` has nothing against.
+      divisor: The stored global scale of the checkpoint that it comes from, if there is one.
 
     Returns:
       ``weight_packed`` or ``weight``, ``weight_scale`` and what else the format has.
@@ -163,6 +202,10 @@ def pack_layer(q: QuantizedArray) -> dict[str, np.ndarray]:
     if scale.dtype == ml_dtypes.float8_e8m0fnu:
         scale = scale.view(np.uint8)
     tensors["weight_scale"] = _flat(scale, fmt)
+    if q.global_scale is not None:
+        stored = global_divisor(q.global_scale, divisor)
+        assert stored is not None  # unwritable_reason
+        tensors["weight_global_scale"] = np.array(stored)
     if q.act_scale is not None:
         tensors["input_scale"] = act_scale(q).reshape(1)
     return tensors
@@ -271,11 +314,16 @@ class CompressedTensorsWriter:
 
     def layout(self, layer: str, q: QuantizedArray) -> Mapping[str, TensorSpec]:
         """Names, types and shapes of a layer's tensors."""
-        return {f"{layer}.{suffix}": spec for suffix, spec in layer_specs(q).items()}
+        specs = layer_specs(q, self._divisor(layer))
+        return {f"{layer}.{suffix}": spec for suffix, spec in specs.items()}
 
     def tensors(self, layer: str, q: QuantizedArray) -> Mapping[str, np.ndarray]:
         """The tensors of one layer."""
-        return {f"{layer}.{suffix}": array for suffix, array in pack_layer(q).items()}
+        made = pack_layer(q, self._divisor(layer))
+        return {f"{layer}.{suffix}": array for suffix, array in made.items()}
+
+    def _divisor(self, layer: str) -> np.ndarray | None:
+        return self._linears.origin.get(f"{layer}.weight_global_scale")
 
     def extra(self) -> Mapping[str, np.ndarray]:
         """KV cache scales."""
@@ -290,7 +338,7 @@ def _scheme_key(q: QuantizedArray) -> tuple[QuantFormat, bool]:
 
 
 def _args(fmt: QuantFormat, *, weights: bool = False, ordered: bool = False) -> dict[str, Any]:
-    mx = fmt.scale_dtype == "float8_e8m0fnu"
+    stored = {"float8_e8m0fnu": "torch.uint8", "float8_e4m3fn": "torch.float8_e4m3fn"}
     return {
         "actorder": "group" if ordered else None,
         "block_structure": None if fmt.block is None else [fmt.block[1], fmt.block[0]],
@@ -299,8 +347,8 @@ def _args(fmt: QuantFormat, *, weights: bool = False, ordered: bool = False) -> 
         "num_bits": fmt.bits,
         "observer": None,
         "observer_kwargs": {},
-        "scale_dtype": "torch.uint8" if mx else None,
-        "strategy": fmt.granularity,
+        "scale_dtype": stored.get(fmt.scale_dtype),
+        "strategy": "tensor_group" if fmt == NVFP4 else fmt.granularity,
         "symmetric": fmt.symmetric,
         "type": "float" if fmt.is_float else "int",
         "zp_dtype": None if fmt.symmetric else "torch.int8",

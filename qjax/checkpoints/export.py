@@ -19,7 +19,7 @@ from qjax.checkpoints.fp8_writer import Fp8Writer
 from qjax.checkpoints.gptq_writer import GptqWriter
 from qjax.checkpoints.layout import Leaf, model_leaves
 from qjax.checkpoints.reader import KVScales
-from qjax.checkpoints.safetensors_io import DTYPES, read_headers, read_json
+from qjax.checkpoints.safetensors_io import DTYPES, SafetensorsCheckpoint, read_headers, read_json
 from qjax.checkpoints.writer import (
     Linears,
     QuantizedWriter,
@@ -78,8 +78,9 @@ def save_model(
         reason), or the folder is occupied. Nothing has been written then.
     """
     leaves = _check_params(config, params)
-    writer = _make_writer(format, leaves, kv_scales)
     origin = None if source is None else Path(source)
+    tensors = {} if origin is None else SafetensorsCheckpoint(origin)
+    writer = _make_writer(format, leaves, kv_scales, tensors)
     stored = _stored_dtypes(origin, config)
     sources = [_source(leaf, value, writer, stored(leaf)) for leaf, value in leaves]
     if writer is not None and (extra := dict(writer.extra())):
@@ -120,7 +121,10 @@ def _check_params(config: ModelConfig, params: Params) -> list[tuple[Leaf, Any]]
 
 
 def _make_writer(
-    format: str | WriterFactory, leaves: list[tuple[Leaf, Any]], kv_scales: KVScales | None
+    format: str | WriterFactory,
+    leaves: list[tuple[Leaf, Any]],
+    kv_scales: KVScales | None,
+    origin: Mapping[str, np.ndarray],
 ) -> QuantizedWriter | None:
     if isinstance(format, str):
         if format not in EXPORT_FORMATS:
@@ -138,7 +142,7 @@ def _make_writer(
             for leaf, value in leaves
             if leaf.is_kernel and leaf.layer not in quantized
         }
-        return factory(Linears(quantized, plain, kv_scales))
+        return factory(Linears(quantized, plain, kv_scales, origin))
     if factory is not None:
         raise CheckpointError(f"{format=} but no layer is quantized; use format='none'")
     if quantized or kv_scales is not None:

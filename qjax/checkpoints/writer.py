@@ -9,6 +9,7 @@ A format takes part by a ``QuantizedWriter``; ``qjax.checkpoints.export`` holds 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -66,11 +67,13 @@ class Linears:
       plain: ``(K, N)`` of the others. Engines take every linear layer for quantized unless the
         config says otherwise, so these must be named there.
       kv_scales: Static scales of the KV cache to be written along, or None.
+      origin: Tensors of the checkpoint that the layers come from, for what the arrays do not tell.
     """
 
     quantized: Mapping[str, QuantizedArray]
     plain: Mapping[str, tuple[int, int]]
     kv_scales: KVScales | None = None
+    origin: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class QuantizedWriter(Protocol):
