@@ -148,7 +148,7 @@ def test_products_with_packed_weights_on_any_device(rng: np.random.Generator) ->
     out = jax.jit(qjax.quantized_dot)(x, packed)
     assert out.dtype == jnp.bfloat16 and out.shape == (2, 70, 64)
     assert (out == jax.jit(qjax.quantized_dot)(x, q)).all()
-    with pytest.raises(NotImplementedError, match="m=140 rows; this kernel is for 1 to 64"):
+    with pytest.raises(NotImplementedError, match="n=64 with many rows; must be a multiple of 128"):
         qjax.quantized_dot(x, packed, backend="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="float32 activations; the kernels take"):
         qjax.quantized_dot(x[0, :4].astype(jnp.float32), packed, backend="mosaic_gpu")
