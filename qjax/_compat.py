@@ -2,9 +2,57 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 JAX_VERSION: tuple[int, ...] = tuple(int(part) for part in jax.__version__.split(".")[:3])
 
 MOSAIC_GPU_MIN_JAX = (0, 11, 2)
 """Pallas Mosaic GPU kernels are written for this jax and later; the XLA backend runs on 0.10.2."""
+
+
+def cudnn_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_lengths: jax.Array,
+    kv_lengths: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """cuDNN's flash attention with its log-sum-exp in float32.
+
+    The public ``jax.nn.dot_product_attention`` rounds the log-sum-exp to 16 bits, too coarse to
+    merge parts of a softmax by.
+
+    Args:
+      q: ``[b, t, q_heads, head_dim]``, bfloat16 or float16.
+      k: ``[b, s, kv_heads, head_dim]``.
+      v: Like ``k``.
+      q_lengths: int32 ``[b]``; what lies behind is padding, with undefined results.
+      kv_lengths: int32 ``[b]``, at least 1.
+      scale: Multiplier of the logits.
+      causal: Query ``i`` sees keys ``<= i``.
+
+    Returns:
+      ``[b, t, q_heads, head_dim]`` and float32 ``[b, q_heads, t]``, natural logarithms.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    library: Any = fused_attention_stablehlo
+    masks = library.MaskType
+    out, lse = library.dot_product_attention(
+        q,
+        k,
+        v,
+        None,
+        None,
+        q_lengths,
+        kv_lengths,
+        scale=scale,
+        mask_type=masks.PADDING_CAUSAL if causal else masks.PADDING,
+        return_residual=True,
+    )
+    return out, lse

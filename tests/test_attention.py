@@ -26,7 +26,7 @@ jit_append = jax.jit(append, static_argnums=1)
 jit_read = jax.jit(read, static_argnums=(1, 3))
 
 
-def reference(q, k, v, positions, lengths, scale, window=None) -> np.ndarray:
+def reference(q, k, v, positions, lengths, scale, window=None, soft_cap=None) -> np.ndarray:
     """One query at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
@@ -37,6 +37,8 @@ def reference(q, k, v, positions, lengths, scale, window=None) -> np.ndarray:
         first = 0 if window is None else max(0, p - window + 1)
         head = h // (q.shape[2] // k.shape[2])
         logits = scale * k[b, first : p + 1, head] @ q[b, t, h]
+        if soft_cap is not None:
+            logits = soft_cap * np.tanh(logits / soft_cap)
         weights = np.exp(logits - logits.max())
         out[b, t, h] = weights / weights.sum() @ v[b, first : p + 1, head]
     return out
@@ -164,6 +166,23 @@ def test_sliding_window_in_every_form(window, monkeypatch):
     assert relative_error(out, want[:, 5:]) < F32_SUM
 
 
+@pytest.mark.parametrize("form", ["decode", "prefill"])
+def test_soft_cap(form):
+    lengths, cap = np.array([12, 7]), 0.7
+    cache = filled(INT8, lengths)
+    t = 1 if form == "decode" else 12
+    positions = last(lengths) if form == "decode" else np.tile(np.arange(12), (2, 1))
+    q = 3 * normal(13, (2, t, 4, 8))
+    call = jax.jit(
+        lambda *args: paged_attention(
+            args[0], cache, 0, *args[1:], scale=8**-0.5, soft_cap=cap, consecutive=True
+        )
+    )
+    i32 = [jnp.asarray(x, jnp.int32) for x in (positions, np.arange(2), lengths)]
+    want = reference(q, *contents(cache), positions, lengths, 8**-0.5, soft_cap=cap)
+    assert relative_error(call(q, *i32), want) < F32_SUM
+
+
 @pytest.mark.parametrize("chunk", [PAGE, 2 * PAGE])
 def test_many_key_chunks_equal_one(chunk, monkeypatch):
     lengths = np.array([12, 3, 0])
@@ -265,18 +284,20 @@ def test_backends_and_arguments_are_refused_with_a_reason():
     cache = filled(F32, [3])
     q, one = jnp.zeros((1, 1, 2, 8)), jnp.ones(1, jnp.int32)
 
-    def call(q=q, layer=0, positions=one[:, None], window=None, backend=None):
+    def call(q=q, layer=0, positions=one[:, None], **options):
         return jax.eval_shape(
-            lambda q: paged_attention(
-                q, cache, layer, positions, one, one, scale=1.0, window=window, backend=backend
-            ),
+            lambda q: paged_attention(q, cache, layer, positions, one, one, scale=1.0, **options),
             q,
         )
 
     with pytest.raises(NotImplementedError, match="float32 pages; there are kernels for"):
         call(backend="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="cudnn cannot run here: one new token"):
+        call(backend="cudnn")
     with pytest.raises(ValueError, match="unknown backend='triton'"):
         call(backend="triton")
+    with pytest.raises(ValueError, match="soft_cap=0 must be positive"):
+        call(soft_cap=0)
     with pytest.raises(ValueError, match="layer=1 must be in 0..0"):
         call(layer=1)
     with pytest.raises(ValueError, match="multiple of the cache's 2 KV heads"):

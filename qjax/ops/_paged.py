@@ -1,4 +1,4 @@
-"""The decode kernel's side of ``paged_attention``: what it takes, and how it is called."""
+"""Backends of ``paged_attention``: their choice, and the decode kernel's side of it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,40 @@ import jax.numpy as jnp
 from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
 from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.kv_cache import QuantizedKVCache
+from qjax.ops._dispatch import choose_backend
+from qjax.ops._prefill import prefill_unsupported_reason
 from qjax.pallas_kernels import paged_decode
 from qjax.typing import Array
+
+# Whether the decode kernel runs without being asked for, where it can.
+_KERNEL_BY_DEFAULT = False
+# The same of cuDNN for chunks of consecutive tokens.
+_CUDNN_BY_DEFAULT = False
+
+
+def choose_attention_backend(
+    q: Array,
+    cache: QuantizedKVCache,
+    layer: int,
+    window: int | None,
+    soft_cap: float | None,
+    *,
+    consecutive: bool,
+    backend: str | None,
+) -> str:
+    """``"mosaic_gpu"``, ``"cudnn"`` or ``"xla"``; arguments and errors as ``paged_attention``."""
+    if backend == "cudnn" or backend is None and _CUDNN_BY_DEFAULT:
+        reason = prefill_unsupported_reason(q, cache, layer, window, soft_cap)
+        if reason is None and not consecutive:
+            reason = "positions that need not be consecutive; cuDNN is for consecutive=True"
+        if reason is None:
+            return "cudnn"
+        if backend == "cudnn":
+            raise NotImplementedError(f"paged_attention: cudnn cannot run here: {reason}")
+    if backend is None and not _KERNEL_BY_DEFAULT:
+        return "xla"
+    reason = paged_attention_unsupported_reason(q, cache, layer)
+    return choose_backend("paged_attention", backend, reason)
 
 
 def paged_attention_unsupported_reason(

@@ -27,14 +27,12 @@ import jax.numpy as jnp
 
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat
-from qjax.ops._dispatch import choose_backend
-from qjax.ops._paged import decode_by_kernel, paged_attention_unsupported_reason
+from qjax.ops._paged import choose_attention_backend, decode_by_kernel
+from qjax.ops._prefill import prefill_by_cudnn
 from qjax.ops.key_bias import KeyBias
 from qjax.ops.kv import decode_codes
 from qjax.typing import Array, DType
 
-# Whether the decode kernel runs without being asked for, where it can.
-_KERNEL_BY_DEFAULT = False
 # Keys per step of the gathering form: bounds its logits at [b, q_heads, t, 512] float32.
 _CHUNK_TOKENS = 512
 # Beyond any position.
@@ -53,6 +51,7 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     key_bias: KeyBias | None = None,
+    consecutive: bool = False,
     backend: str | None = None,
 ) -> Array:
     """Causal attention of new tokens over everything their sequences have in the cache.
@@ -74,8 +73,11 @@ def paged_attention(
         seen. None for full attention.
       soft_cap: Logits become ``soft_cap * tanh(logits / soft_cap)``; None for plain ones.
       key_bias: What the stored keys lack, in layers whose format has ``without_key_bias``.
-      backend: ``"mosaic_gpu"`` (one new token per row, on Hopper), ``"xla"``, or None for the
-        fastest supported one; see ``ops._paged.paged_attention_unsupported_reason``.
+      consecutive: Whether the positions of every row follow each other, padding last.
+      backend: ``"mosaic_gpu"`` (one new token per row, on Hopper), ``"cudnn"`` (several consecutive
+        ones, on NVIDIA GPUs), ``"xla"``, or None for the fastest supported one; see
+        ``ops._paged.paged_attention_unsupported_reason`` and
+        ``ops._prefill.prefill_unsupported_reason``.
 
     Returns:
       ``[b, t, q_heads, head_dim]`` in ``q.dtype``. Padding, and sequences of length 0, give zeros.
@@ -84,7 +86,7 @@ def paged_attention(
       ValueError: If shapes disagree, ``q_heads`` is not a multiple of the KV heads, the window or
         the soft cap is not positive, ``key_bias`` and the layer's format disagree, or the backend
         is unknown.
-      NotImplementedError: If ``backend="mosaic_gpu"`` and the kernel cannot run; says why.
+      NotImplementedError: If the named backend cannot run; says why.
 
     References:
       FlashDecoding for the split into partial softmaxes; KIVI (arXiv:2402.02750).
@@ -96,10 +98,9 @@ def paged_attention(
             "must be given where, and only where, keys are stored without it"
         )
     _check_soft_cap(soft_cap)
-    reason = paged_attention_unsupported_reason(q, cache, layer)
-    if backend is None and not _KERNEL_BY_DEFAULT:
-        backend = "xla"
-    backend = choose_backend("paged_attention", backend, reason)
+    backend = choose_attention_backend(
+        q, cache, layer, window, soft_cap, consecutive=consecutive, backend=backend
+    )
     b, t, q_heads, head_dim = q.shape
     queries = q.reshape(b, t, cache.num_kv_heads, q_heads // cache.num_kv_heads, head_dim)
     usable = (slots >= 0) & (slots < cache.max_seqs)
@@ -109,6 +110,8 @@ def paged_attention(
             queries[:, 0], cache, layer, positions, slots, lengths, scale, window, soft_cap
         )
         return out.reshape(q.shape)
+    if backend == "cudnn":
+        return prefill_by_cudnn(q, cache, layer, positions, slots, lengths, scale)
     # The partial results of the page-major form take one row per table entry, which must not be
     # much more than one per page.
     entries = cache.max_seqs * cache.pages_per_seq
