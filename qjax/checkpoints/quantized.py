@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qjax.checkpoints.auto_round import auto_round_reader
 from qjax.checkpoints.awq import AwqReader
 from qjax.checkpoints.compressed_tensors import CompressedTensorsReader
 from qjax.checkpoints.errors import CheckpointError
@@ -20,6 +21,7 @@ ReaderFactory = Callable[[CheckpointSource], QuantizedReader | None]
 READERS: tuple[ReaderFactory, ...] = (
     AwqReader.from_source,
     GptqReader.from_source,
+    auto_round_reader,
     CompressedTensorsReader.from_source,
     Fp8Reader.from_source,
     ModeloptReader.from_source,
