@@ -176,7 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens in the whole KV cache; requests wait while their pages are not free "
         "(default: room for every running sequence at its longest)",
     )
-    add("--page-size", type=int, default=16, metavar="N", help="tokens per page (default: 16)")
+    add("--page-size", type=int, default=64, metavar="N", help="tokens per page (default: 64)")
     add(
         "--chunked-prefill-size",
         type=int,

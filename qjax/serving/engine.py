@@ -64,7 +64,7 @@ class EngineConfig:
 
     max_running_requests: int = 8
     max_model_len: int = 2048
-    page_size: int = 16
+    page_size: int = 64
     num_pages: int | None = None
     chunked_prefill_size: int = 256
     prefill_rows: int | None = None
