@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-sizes", default="1,64", help="sequences that decode together (%(default)s)")
     add("--context", type=int, default=1024, help="cached tokens per sequence (%(default)s)")
     add("--kv-cache-dtype", default="bf16", help="as in serve.py (%(default)s)")
-    add("--kv-scale-mode", choices=("tracked", "dynamic"), default="tracked")
+    add("--kv-scale-mode", choices=("tracked", "dynamic", "static"), default="tracked")
     add("--page-size", type=int, default=64, help="tokens per page (%(default)s)")
     add("--steps", type=int, default=32, help="decode steps per program (%(default)s)")
     add("--blocks", type=int, default=4, help="programs per measurement (%(default)s)")

@@ -24,7 +24,8 @@ columns
   nominal_bytes    what is often quoted: parameters times bits, without either (--memory-only)
   *_tokens_per_s   over --batch-size sequences, as the serving engine runs them, without compiling
 
-A KV cache type may carry a scale mode, as in int8:dynamic; tracked is the default.
+A KV cache type may carry a scale mode, as in int8:dynamic; tracked is the default, static needs
+scales in the checkpoint or in --quantization-param-path.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from qjax.assets import bundled_model_path
-from qjax.checkpoints.hf import LoadedModel, load_model
+from qjax.checkpoints.hf import LoadedModel, load_model, resolve_folder
+from qjax.checkpoints.kv_scale_files import read_kv_scale_file
 from qjax.evaluation import abstract_params, kv_bytes_per_token, score, weight_bytes, windows
 from qjax.evaluation.memory import LINEAR_KERNELS, WeightBytes
 from qjax.evaluation.report import Row, markdown_table, write_report
@@ -62,6 +64,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text", help="UTF-8 text to score, .txt or .xz; needed unless --memory-only")
     add("--formats", default="bf16,fp8,int8,int4", help="weight formats (default %(default)s)")
     add("--kv-cache-dtypes", default="bf16", help="KV cache types (default %(default)s)")
+    add(
+        "--quantization-param-path",
+        metavar="FILE.json",
+        help="static KV scales for KV cache types such as fp8_e4m3:static, as in serve.py",
+    )
     add("--output-dir", required=True, help="where the results go")
     add("--max-tokens", type=int, help="score the beginning of the text only")
     add("--seq-len", type=int, help="tokens per sequence (default: the context, 2048 at most)")
@@ -87,6 +94,13 @@ def check_args(args: argparse.Namespace) -> dict[str, QuantFormat | None]:
         raise ValueError("--memory-only scores no text; leave --text out")
     if not args.memory_only and not args.text:
         raise ValueError("--text is needed to score the formats, or --memory-only for sizes only")
+    if args.quantization_param_path and ":static" not in args.kv_cache_dtypes:
+        raise ValueError(
+            f"--quantization-param-path {args.quantization_param_path}: no KV cache type uses it; "
+            "add one such as fp8_e4m3:static to --kv-cache-dtypes"
+        )
+    if args.quantization_param_path and args.memory_only:
+        raise ValueError("--memory-only needs no scales; leave --quantization-param-path out")
     if args.configs and not args.memory_only:
         raise ValueError("--configs needs --memory-only: without weights nothing can be scored")
     return formats
@@ -147,7 +161,12 @@ def sequences(args: argparse.Namespace, loaded: LoadedModel, text: str, seq_len:
 
 def scored_rows(args: argparse.Namespace, formats: dict[str, QuantFormat | None]) -> list[Row]:
     text = read_text(args.text)
-    loaded = load_model(args.model or bundled_model_path(), dtype=args.dtype)
+    folder = resolve_folder(args.model or bundled_model_path())
+    scales = None
+    if args.quantization_param_path is not None:
+        scales = read_kv_scale_file(args.quantization_param_path, ModelConfig.from_hf(folder))
+    loaded = load_model(folder, dtype=args.dtype)
+    scales = loaded.kv_scales if scales is None else scales
     if loaded.method is not None and any(formats.values()):
         raise ValueError(
             f"{loaded.folder} is quantized already ({loaded.method}), so --formats can only be "
@@ -160,9 +179,7 @@ def scored_rows(args: argparse.Namespace, formats: dict[str, QuantFormat | None]
     caches = {}
     for name in kv_names:
         base, _, mode = name.partition(":")
-        caches[name] = kv_formats(
-            base, mode or None, (), loaded.config.num_layers, dtype, loaded.kv_scales
-        )
+        caches[name] = kv_formats(base, mode or None, (), loaded.config.num_layers, dtype, scales)
     rows: list[Row] = []
     with tqdm(total=len(formats) * len(caches), desc="combinations") as bar:
         for name, fmt in formats.items():
@@ -172,7 +189,7 @@ def scored_rows(args: argparse.Namespace, formats: dict[str, QuantFormat | None]
             for kv_name, (kv, static_scales) in caches.items():
                 bar.set_postfix_str(f"{name}, KV {kv_name}")
                 # From these weights, as the serving engine decides it.
-                kv, biases = leave_out_biases(kv, params, loaded.config)
+                kv, biases = leave_out_biases(kv, params, loaded.config, scales)
                 if biases:
                     tqdm.write(f"KV {kv_name}: {describe(biases)}", file=sys.stderr)
                 scores = score(

@@ -79,15 +79,17 @@ def test_random_weights_look_like_weights(name):
     assert params["lm_head"]["kernel"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp8_e5m2", "int4"])
-def test_random_cache_is_filled(name):
-    fmt = parse_kv_format(name, model_dtype=jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("name", "mode"), [("bf16", "tracked"), ("fp8_e5m2", "static"), ("int4", "tracked")]
+)
+def test_random_cache_is_filled(name, mode):
+    fmt = parse_kv_format(name, mode=mode, model_dtype=jnp.bfloat16)
     cache = random_cache(TINY, fmt, batch=2, length=20, page_size=8)
     values = np.asarray(decode_codes(cache.values[1], fmt, jnp.float32))
     if fmt.quantized:
         scales = cache.value_scales[1]
         assert scales is not None
-        values = values * np.asarray(scales)[..., None]
+        values = values * np.asarray(scales).reshape(-1, 2, 1 if mode == "static" else 8, 1)
     assert 0.9 < values.std() < 1.1
     assert sorted(np.asarray(cache.page_table).ravel()) == list(range(6))
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from qjax.checkpoints.kv_scale_files import write_kv_scale_file
+from qjax.checkpoints.reader import KVScales
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
 from qjax.training import bpe, folder, loop
@@ -73,6 +76,22 @@ def test_every_combination_becomes_a_row(model: Path, text: Path, tmp_path: Path
     assert "results.json" in out and "| bf16 | float32 |" in out
 
 
+def test_static_kv_scales_come_from_a_file(model: Path, text: Path, tmp_path: Path) -> None:
+    config = ModelConfig.from_hf(model)
+    argv = f"--model {model} --text {text} --formats bf16 --seq-len 32 --max-tokens 50 --no-speed"
+    argv += f" --kv-cache-dtypes int8:static --quantization-param-path {tmp_path / 's.json'}"
+    kl = []
+    for name, scale in (("good", 0.02), ("bad", 30.0)):
+        per_layer = (np.full(config.num_kv_heads, scale, np.float32),) * config.num_layers
+        scales = KVScales(per_layer, per_layer, "int8")
+        write_kv_scale_file(tmp_path / "s.json", scales, config)
+        compare.main([*argv.split(), "--output-dir", str(tmp_path / name)])
+        (row,) = json.loads((tmp_path / name / "results.json").read_text())
+        assert row["kv_cache_dtype"] == "int8:static"
+        kl.append(row["kl"])
+    assert kl[0] < kl[1] / 10
+
+
 def test_pieces_between_separators_are_scored_one_by_one(model: Path, text: Path) -> None:
     argv = ["--text", str(text), "--output-dir", "unused", "--separator", "why"]
     args = compare.parse_args(argv)
@@ -109,6 +128,7 @@ def test_memory_only_needs_no_weights(model: Path, tmp_path: Path) -> None:
         ("", "--text is needed"),
         ("--text t --memory-only", "leave --text out"),
         ("--text t --configs c", "needs --memory-only"),
+        ("--text t --quantization-param-path s", "s: no KV cache type uses it"),
         ("--text t --formats int5", "unknown format 'int5'"),
         ("--text t --kv-cache-dtypes fp4", "'fp4' is unknown"),
         ("--text t --kv-cache-dtypes int8:fast", "'fast' is unknown"),

@@ -153,11 +153,15 @@ def random_cache(
 ) -> QuantizedKVCache:
     """A cache with ``batch`` sequences of up to ``length`` tokens on shuffled pages, random inside.
 
-    As an engine on a GPU has it: without counters.
-
-    Raises:
-      ValueError: If a format is static: random contents have no calibrated scales.
+    As an engine on a GPU has it: without counters. Contents have a standard deviation of 1 and
+    scales, static ones too, that cover four of them.
     """
+    formats = (fmt,) * config.num_layers if isinstance(fmt, KVFormat) else tuple(fmt)
+    static = []
+    for f in formats:
+        shape = () if f.granularity == "tensor" else (config.num_kv_heads,)
+        pair = (np.full(shape, 4 / f.bound, np.float32),) * 2 if f.mode == "static" else None
+        static.append(pair)
     pages_per_seq = pages_for(length, page_size)
     num_pages = batch * pages_per_seq
     cache = QuantizedKVCache.init(
@@ -168,7 +172,8 @@ def random_cache(
         page_size=page_size,
         max_seqs=batch,
         pages_per_seq=pages_per_seq,
-        fmt=fmt,
+        fmt=formats,
+        static_scales=static,
         counted=False,
     )
     table = np.random.default_rng(seed).permutation(num_pages).astype(np.int32)
