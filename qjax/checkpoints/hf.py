@@ -150,7 +150,7 @@ def load_model(
     leaves = model_leaves(config)
     formats = _choose_formats(leaves, reader, quantization, skip, rules)
     check_tensors(config, leaves, checkpoint, reader)
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     compute_dtype = _compute_dtype(config, dtype)
     if mesh is not None:
         _check_mesh(leaves, formats, config, mesh.shape[axis])
@@ -260,7 +260,12 @@ def _check_mesh(
         leaf_spec(leaf.path, value, config, devices)
 
 
-def _load_tokenizer(folder: Path) -> Tokenizer | None:
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint, or None.
+
+    Raises:
+      CheckpointError: If there is a file and it is no tokenizer.
+    """
     if not (folder / "tokenizer.json").exists():
         return None
     try:

@@ -4,7 +4,7 @@ For what no exchange format can hold, and for restoring onto several devices wit
 each device receives its own part only. A folder holds
 
 - ``config.json``, tokenizer and what else was copied from the source;
-- ``qjax_checkpoint.json``: format of every parameter, and the KV cache scales;
+- ``qjax_checkpoint.json``: format of every parameter, the KV cache scales, checksums;
 - ``params/``: the arrays, written by Orbax (OCDBT), 4-bit codes two to a byte.
 
 Weights packed for kernels (``PackedWeight``) are kept as they are, with the version of their
@@ -28,8 +28,9 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from qjax.checkpoints.checksums import check_files, file_sums, json_sum
 from qjax.checkpoints.errors import CheckpointError
-from qjax.checkpoints.hf import NATIVE_MANIFEST, LoadedModel, Place
+from qjax.checkpoints.hf import NATIVE_MANIFEST, LoadedModel, Place, load_tokenizer
 from qjax.checkpoints.layout import model_leaves
 from qjax.checkpoints.native_manifest import (
     PackingVersionError,
@@ -49,7 +50,6 @@ from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
 from qjax.models.sharding import leaf_spec
 from qjax.quantize import path_string
-from qjax.tokenizer import Tokenizer
 from qjax.typing import DType, Params
 
 MANIFEST = NATIVE_MANIFEST
@@ -108,7 +108,8 @@ def save_native(
         write_json(temporary / "config.json", config.to_hf())
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(temporary.resolve() / _ARRAYS, unflatten_dict(arrays))
-        write_json(temporary / MANIFEST, {**manifest, "files": _file_sizes(temporary / _ARRAYS)})
+        manifest["files"] = file_sums(temporary / _ARRAYS)
+        write_json(temporary / MANIFEST, {**manifest, "checksum": json_sum(manifest)})
 
 
 def load_native(
@@ -164,7 +165,11 @@ def load_native(
         raise CheckpointError(f"{folder / MANIFEST} is damaged ({e}); copy it again") from e
     shapes = {path: value.shape for path, value in values.items()}
     _check_paths(config, shapes, str(folder / MANIFEST))
-    _check_files(folder / _ARRAYS, manifest.get("files"))
+    stored = {key: value for key, value in manifest.items() if key != "checksum"}
+    if manifest.get("checksum") != json_sum(stored):
+        raise CheckpointError(f"{folder / MANIFEST} is not as it was written; copy it again")
+    check_files(folder / _ARRAYS, manifest.get("files"))
+    tokenizer = load_tokenizer(folder)
     compute_dtype = jnp.dtype(config.dtype if dtype is None else dtype)
     shardings = _shardings(values, config, mesh, axis)
     restored = _restore(folder, values, shardings, host=place is not None)
@@ -176,7 +181,6 @@ def load_native(
         result = rebuild(value, full)
         result = place(path, result) if place else jax.device_put(result, shardings[path])
         params[tuple(path.split("/"))] = _cast(path, result, compute_dtype)
-    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
     return LoadedModel(
         config=config,
         module=Decoder(config, dtype=compute_dtype),
@@ -199,25 +203,6 @@ def _check_paths(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], wha
     for path, shape in shapes.items():
         if shape != wanted[path]:
             raise CheckpointError(f"{what}: {path} has shape {shape}, config needs {wanted[path]}")
-
-
-def _file_sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def _check_files(folder: Path, wanted: Any) -> None:
-    """Truncated and missing files are found here: Orbax reports the first of many failed reads and
-    leaves the others to fail in the background."""
-    if not isinstance(wanted, Mapping):
-        raise CheckpointError(f"{folder.parent / MANIFEST} lists no files; copy it again")
-    sizes = _file_sizes(folder)
-    for name, size in wanted.items():
-        if sizes.get(name) != size:
-            found = "is missing" if name not in sizes else f"has {sizes[name]} bytes"
-            raise CheckpointError(
-                f"{folder / name} {found}, it was written with {size}; copy the checkpoint again"
-            )
 
 
 def _packed(array: Any) -> bool:
