@@ -28,17 +28,15 @@ import numpy as np
 from qjax._device import compiler_options, device_info
 from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
 from qjax.formats import FORMATS, QuantFormat, parse_format
-from qjax.ops import packed_w8a8
 from qjax.ops.dot import quantized_dot
 from qjax.ops.packed import (
     pack_for_mosaic,
     pack_unsupported_reason,
     packed_dot,
-    packed_problem,
+    packed_kernel,
     packed_unsupported_reason,
-    weight_only_kernel,
 )
-from qjax.pallas_kernels import w8a8
+from qjax.pallas_kernels import weight_only
 from qjax.quantize import quantize, quantized_nbytes
 
 SHAPES: dict[str, tuple[int, int]] = {
@@ -224,17 +222,13 @@ def measure(args: argparse.Namespace, row: Row, weights: Sequence[Any]) -> list[
 
 def kernel_configs(x: jax.Array, w: Any, search: int) -> list[tuple[Any, str]]:
     """The heuristic's config and ``search`` others, each with where it comes from."""
-    if isinstance(w, packed_w8a8.PackedW8A8):
-        problem = packed_w8a8.problem(x, w)
-        best = w8a8.heuristic_config(problem)
-        others = [config for config in w8a8.search_space(problem) if config != best][:search]
-    else:
-        problem = packed_problem(x, w)
-        kernel = weight_only_kernel(problem.m)
-        best = kernel.heuristic_config(problem)
-        others = [config for config in kernel.search_space(problem) if config != best]
-        # Evenly over the space, whose neighbours are alike.
-        others = others[:: max(1, len(others) // max(1, search))][:search]
+    kernel, problem = packed_kernel(x, w)
+    best = kernel.heuristic_config(problem)
+    others = [config for config in kernel.search_space(problem) if config != best]
+    if kernel is weight_only:
+        # Evenly over the space, whose neighbours are alike; the others' is sorted.
+        others = others[:: max(1, len(others) // max(1, search))]
+    others = others[:search]
     return [(best, "heuristic"), *((other, "search") for other in others)]
 
 

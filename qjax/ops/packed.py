@@ -157,8 +157,9 @@ def pack_for_mosaic(w: QuantizedArray, *, compute: str | None = None) -> PackedW
         codes in groups of 32, 64 or 128 or with one scale per column or tensor, with or without
         zero points; int8, E4M3 or E5M2 codes without zero points, with one scale per column,
         tensor, group of 128 or block of 128 along ``k``. fp8 codes must be finite. With 8-bit
-        activations in its format: int8, E4M3 or E5M2 codes with one scale per column or tensor,
-        and fp8 codes in blocks of (128, 128).
+        activations in its format: int8, E4M3 or E5M2 codes with one scale per column or tensor, and
+        fp8 codes in blocks of (128, 128); with int8 activations also int4 codes in groups of 128
+        or with one scale per column, without zero points.
       compute: Type of the products of grouped weights with 16-bit activations; best that of the
         activations. With float16 a weight is rounded to 11 bits. bfloat16 activations meet it too,
         scaled per row by a power of two, which is exact but takes a kernel of its own. With
@@ -181,7 +182,7 @@ def pack_for_mosaic(w: QuantizedArray, *, compute: str | None = None) -> PackedW
         raise NotImplementedError(f"pack_for_mosaic: no kernel for {reason}")
     if w.fmt.activation is not None:
         return _w8a8().pack(w)
-    return _pack(w, compute)
+    return pack_for_registers(w, compute)
 
 
 def _w8a8() -> Any:
@@ -192,7 +193,8 @@ def _w8a8() -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _pack(w: QuantizedArray, compute: str) -> PackedWeight:
+def pack_for_registers(w: QuantizedArray, compute: str) -> PackedWeight:
+    """``pack_for_mosaic`` without its checks, whatever the activations."""
     k, n = w.shape
     kind = w.qvalue.dtype.name
     words = _layout.pack_words(_codes.to_unsigned(w.qvalue, kind), _codes.CODES[kind].bits)
@@ -279,8 +281,8 @@ def packed_unsupported_reason(x: Array, w: PackedWeight, *, interpret: bool = Fa
     elif _compute_dtype(x, w) == "bfloat16" and x.dtype == jnp.float16:
         reason = "float16 activations meet a weight packed with compute='bfloat16'"
     else:
-        problem = packed_problem(x, w)
-        reason = weight_only_kernel(problem.m).unsupported_reason(problem)
+        kernel, problem = packed_kernel(x, w)
+        reason = kernel.unsupported_reason(problem)
     if reason is not None:
         return reason
     if not interpret:
@@ -290,9 +292,15 @@ def packed_unsupported_reason(x: Array, w: PackedWeight, *, interpret: bool = Fa
     return None
 
 
-def weight_only_kernel(m: int) -> Any:
-    """The module of the kernel for ``m`` rows of 16-bit activations."""
-    return weight_only if m <= weight_only.MAX_ROWS else weight_only_large
+def packed_kernel(x: Array, w: PackedWeight, *, out_dtype: DType | None = None) -> tuple[Any, Any]:
+    """The module of the kernel for ``x @ w`` and the product as it sees it, its ``Problem``.
+
+    Arguments as for ``packed_dot``.
+    """
+    if w.fmt.activation is not None:
+        return _w8a8().kernel(x, w, out_dtype=out_dtype)
+    problem = packed_problem(x, w, out_dtype=out_dtype)
+    return (weight_only if problem.m <= weight_only.MAX_ROWS else weight_only_large), problem
 
 
 def packed_problem(
@@ -331,8 +339,8 @@ def packed_dot(
       x: Activations ``(..., k)``, bfloat16 or float16.
       w: Packed weight ``(k, n)``.
       out_dtype: Result type; ``x.dtype`` by default.
-      config: How the kernel cuts up the work, a ``Config`` of the module ``weight_only_kernel``
-        names or, with 8-bit activations, of ``w8a8``; its heuristic by default.
+      config: How the kernel cuts up the work, a ``Config`` of the module that ``packed_kernel``
+        names; its heuristic by default.
       keep_splits: See ``quantized_dot``.
       interpret: Run in the Pallas interpreter.
 
@@ -355,7 +363,7 @@ def packed_dot(
     row_scale = None
     if flat.dtype.name != _compute_dtype(x, w):
         flat, row_scale = _to_float16(flat)
-    out = weight_only_kernel(flat.shape[0]).matmul(
+    out = packed_kernel(x, w)[0].matmul(
         flat,
         w.words,
         w.scales,

@@ -1,7 +1,8 @@
-"""Weights packed for the W8A8 Mosaic GPU kernel, and products of quantized activations with them.
+"""Packed weights for 8-bit activations, and products of quantized activations with them.
 
-``packed.pack_for_mosaic`` makes one of a weight whose format names 8-bit activations; everything
-else about packed weights holds for it too. It works for any number of rows.
+``packed.pack_for_mosaic`` comes here with a weight whose format names activations; everything else
+about packed weights holds for it too. 8-bit codes become a ``PackedW8A8``. int4 codes with int8
+activations (W4A8) are packed as for 16-bit activations: the same words serve both.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles
-from qjax.ops.packed import PackedWeight
-from qjax.pallas_kernels import w8a8
+from qjax.ops.packed import PackedWeight, pack_for_registers
+from qjax.pallas_kernels import w8a8, weight_only_large
 from qjax.quantize import quantize
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array, DType
@@ -68,23 +70,37 @@ def pack_unsupported_reason(w: QuantizedArray) -> str | None:
         return f"{w.fmt.name}, which names no activations"
     if w.zero_point is not None or not activation.symmetric:
         return "zero points with 8-bit activations"
-    if activation.storage_dtype.itemsize != 1 or activation.bits != 8:
-        return f"{activation.name} activations; the W8A8 kernels are for 8-bit ones"
+    if activation.bits != 8:
+        return f"{activation.name} activations; the kernels are for 8-bit ones"
     if activation.is_float != w.fmt.is_float:
         return f"{activation.name} activations with {w.fmt.name} weights"
     k, n = w.shape
+    kind = w.qvalue.dtype.name
+    x_tile = activation.tiles((1, k), -1)[1]
+    if kind == "int4":
+        if x_tile != k:
+            return f"activation groups of {x_tile} with int4 weights"
+        group_size = None if w.tiles[0] == k else w.tiles[0]
+        p = weight_only_large.Problem(1, k, n, kind, group_size, compute="int8")
+        return weight_only_large.unsupported_reason(p)
     blocks = w.tiles[0] != k
     if blocks and (w.tiles[0] != w8a8.BLOCK_K or min(w.tiles[1], n) not in (w8a8.BLOCK_K, n)):
         return f"scales of {w.tiles}; W8A8 kernels have one per column, or per (128, 128)"
-    x_tile = activation.tiles((1, k), -1)[1]
     if x_tile != k and (not blocks or x_tile != w8a8.BLOCK_K):
         return f"activation groups of {x_tile} with weight scales of {w.tiles}"
-    return w8a8.weight_unsupported_reason(k, n, kind=w.qvalue.dtype.name, blocks=blocks)
+    return w8a8.weight_unsupported_reason(k, n, kind=kind, blocks=blocks)
+
+
+def pack(w: QuantizedArray) -> PackedWeight:
+    """Rearrange a weight for its kernel; ``pack_unsupported_reason`` must be None."""
+    if w.qvalue.dtype.name == "int4":
+        # Scales in float32, as the sums of groups are scaled.
+        return pack_for_registers(w, "bfloat16")
+    return _pack(w)
 
 
 @jax.jit
-def pack(w: QuantizedArray) -> PackedW8A8:
-    """Transpose a weight for the kernel; ``pack_unsupported_reason`` must be None."""
+def _pack(w: QuantizedArray) -> PackedW8A8:
     k, n = w.shape
     scale = w.scale.astype(jnp.float32)
     scales = None
@@ -107,37 +123,43 @@ def pack(w: QuantizedArray) -> PackedW8A8:
     )
 
 
-def problem(x: Array, w: PackedW8A8, *, out_dtype: DType | None = None) -> w8a8.Problem:
-    """The product ``x @ w`` in the kernel's terms; arguments as for ``packed.packed_dot``."""
-    return w8a8.Problem(
-        math.prod(x.shape[:-1]),
-        *w.shape,
-        w.compute,
-        _activation(w).storage_dtype.name,
-        blocks=w.scales is not None,
-        out_itemsize=jnp.dtype(x.dtype if out_dtype is None else out_dtype).itemsize,
+def kernel(
+    x: Array, w: PackedWeight, *, out_dtype: DType | None = None
+) -> tuple[Any, w8a8.Problem | weight_only_large.Problem]:
+    """The module of the kernel for ``x @ w`` and its problem; see ``packed.packed_kernel``."""
+    m = math.prod(x.shape[:-1])
+    out_itemsize = jnp.dtype(x.dtype if out_dtype is None else out_dtype).itemsize
+    k, n = w.shape
+    if isinstance(w, PackedW8A8):
+        kinds = w.compute, _activation(w).storage_dtype.name
+        blocks = w.scales is not None
+        return w8a8, w8a8.Problem(m, k, n, *kinds, blocks=blocks, out_itemsize=out_itemsize)
+    group_size = None if w.scales is None else k // w.scales.shape[0]
+    return weight_only_large, weight_only_large.Problem(
+        m, k, n, w.kind, group_size, compute="int8", out_itemsize=out_itemsize
     )
 
 
-def _activation(w: PackedW8A8) -> QuantFormat:
+def _activation(w: PackedWeight) -> QuantFormat:
     assert w.fmt.activation is not None
     return w.fmt.activation
 
 
-def unsupported_reason(x: Array, w: PackedW8A8) -> str | None:
+def unsupported_reason(x: Array, w: PackedWeight) -> str | None:
     """Why the kernel cannot compute ``x @ w``, whatever the device; None if it can."""
     activation = _activation(w)
     if not activation.dynamic and w.act_scale is None:
         return f"{activation.name} is static but the weight carries no act_scale"
-    return w8a8.unsupported_reason(problem(x, w))
+    module, problem = kernel(x, w)
+    return module.unsupported_reason(problem)
 
 
 def dot(
     x: Array,
-    w: PackedW8A8,
+    w: PackedWeight,
     *,
     out_dtype: DType | None = None,
-    config: w8a8.Config | None = None,
+    config: Any = None,
     interpret: bool = False,
 ) -> Array:
     """Quantize activations and multiply; ``packed.packed_dot`` calls this.
@@ -164,17 +186,21 @@ def dot(
         # The same function as on the XLA backend, so that both multiply the same codes.
         xq = quantize(flat, activation, axis=-1, scale=scale)
         x_scale = jnp.broadcast_to(xq.scale.astype(jnp.float32), (flat.shape[0], xq.scale.shape[1]))
+    options: dict[str, Any] = {
+        "config": config,
+        "out_dtype": x.dtype if out_dtype is None else out_dtype,
+        "interpret": interpret,
+    }
+    if isinstance(w, PackedW8A8):
         if w.scales is None:
-            x_scale = x_scale[:, 0]
+            scales = x_scale[:, 0], w.column
         else:
             x_scale = jnp.broadcast_to(x_scale.T, (w.scales.shape[1], flat.shape[0]))
-    out = w8a8.matmul(
-        xq.qvalue,
-        w.words,
-        x_scale,
-        w.column if w.scales is None else w.scales,
-        config=config,
-        out_dtype=x.dtype if out_dtype is None else out_dtype,
-        interpret=interpret,
-    )
+            scales = x_scale, w.scales
+        out = w8a8.matmul(xq.qvalue, w.words, *scales, **options)
+    else:
+        codes = weight_only_large.int8_order(xq.qvalue)
+        out = weight_only_large.matmul(
+            codes, w.words, w.scales, w.column, x_scale[:, 0], kind=w.kind, **options
+        )
     return out.reshape(*x.shape[:-1], w.shape[1])

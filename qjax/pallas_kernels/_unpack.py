@@ -63,6 +63,51 @@ def unpack(
     return _unpack_ptx(words, scales, offsets, kind, compute, parts)
 
 
+def unpack_int8(words: Array, *, interpret: bool) -> Array:
+    """int4 codes as int8 numbers 16 times as large: what W4A8 multiplies.
+
+    A word holds, for the 16 columns of its step, two rows of four codes. The codes of either row
+    become four bytes, byte ``2 e + c`` that of column ``8 c + 2 q + e`` for the lanes whose number
+    is ``q`` modulo 4; ``wgmma`` reads them as columns ``4 q`` to ``4 q + 3``. So the contraction is
+    in another order within each 16: that of ``weight_only_large.int8_order``.
+
+    Args:
+      words: int32 ``(4, 256)``, loaded with ``words_layout``.
+      interpret: Use jnp instead of PTX.
+
+    Returns:
+      int8 ``(64, 128)``; output features in rows.
+    """
+    shape = (_layout.BLOCK_N, _layout.BLOCK_K)
+    if interpret:
+        codes = _layout.unpack_words(words[None, None], 4).T  # (64, 128)
+        codes = codes.reshape(shape[0], -1, 2, 4, 2).transpose(0, 1, 3, 4, 2).reshape(shape)
+        return ((codes.astype(jnp.int16) - 8) * 16).astype(jnp.int8)
+
+    @plgpu.inline_mgpu(
+        arg_types=(words_layout(4),),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.int8, layout=plgpu.Layout.WGMMA_8BIT),
+    )
+    def emit(_: Any, packed: Any) -> Any:
+        quad = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+        registers = np.empty(mgpu.WGMMA_LAYOUT_8BIT.registers_shape(shape), dtype=object)
+        flat = [_element(vec, i) for vec in packed.registers.flat for i in range(4)]
+        # The code's bias of 8 is the sign bit of the byte. Both row halves of a word in turn.
+        text = "{ .reg .b32 m; and.b32 m, $1, 0xF0F0F0F0; xor.b32 $0, m, 0x80808080; }"
+        halves = [
+            _asm(text, source)
+            for word in flat
+            for source in (_asm("shl.b32 $0, $1, 4;", word), word)
+        ]
+        for index, register in zip(np.ndindex(registers.shape), halves, strict=True):
+            registers[index] = mgpu.utils.bitcast(register, quad)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=True
+        )
+
+    return emit(words)
+
+
 def words_layout(rows: int) -> Any:
     """Register layout of ``(rows, 256)`` packed words: four consecutive words per load."""
     return plgpu.Layout.WG_STRIDED((rows, 256), vec_size=4)

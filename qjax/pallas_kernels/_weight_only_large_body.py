@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
@@ -15,12 +16,12 @@ from qjax.pallas_kernels import _codes, _layout, _unpack
 from qjax.pallas_kernels.weight_only import Problem
 from qjax.pallas_kernels.weight_only_large import (
     _SM_COUNT,
-    STEP_K,
     WARPGROUPS,
     Config,
     out_buffers,
     scale_rows,
     scaled_sums,
+    step_k,
     tile_counts,
 )
 from qjax.typing import Array
@@ -56,7 +57,7 @@ def call(
     tiles_a, tiles_b = tile_counts(config, problem)
     total = tiles_a * tiles_b * config.splits
     units = min(_SM_COUNT // config.cluster, total)
-    steps = problem.k // config.splits // STEP_K
+    steps = problem.k // config.splits // step_k(problem)
     out_type = jax.ShapeDtypeStruct((problem.m, problem.n), out_dtype)
     if config.splits > 1:
         out_type = jax.ShapeDtypeStruct((config.splits, problem.m, problem.n), jnp.float32)
@@ -142,10 +143,10 @@ def _scratch_types(
 
     consumed: dict[str, Any] = {"num_arrivals": WARPGROUPS, "num_barriers": stages}
     scratch: dict[str, Any] = {
-        "words_smem": plgpu.SMEM((stages, WARPGROUPS, problem.bits // 2, 256), jnp.int32),
+        "words_smem": plgpu.SMEM((stages, WARPGROUPS, _word_rows(problem), 256), jnp.int32),
         # A group of 32 is cut from the activations as one column of tiles.
         "x_smem": plgpu.SMEM(
-            (stages, config.columns, STEP_K),
+            (stages, config.columns, step_k(problem)),
             x.dtype,
             transforms=transforms(x.dtype, 64 if problem.group_size == 32 else 128),
         ),
@@ -165,6 +166,11 @@ def _scratch_types(
     return scratch
 
 
+def _word_rows(problem: Problem) -> int:
+    """Rows of 256 words of a weight tile that a step needs."""
+    return problem.bits * step_k(problem) // _layout.BLOCK_K
+
+
 def _load_tile(
     first: tuple[Array, Array],
     feature: Array,
@@ -178,24 +184,25 @@ def _load_tile(
 
     ``first`` is its first step, counted by this CTA and along the contraction.
     """
-    rows = problem.bits // 2
+    rows, length = _word_rows(problem), step_k(problem)
+    steps_per_tile = jnp.int32(_layout.BLOCK_K // length)
 
-    @pl.loop(0, problem.k // config.splits // STEP_K)
+    @pl.loop(0, problem.k // config.splits // length)
     def _step(number: Array) -> None:
         i, step = first[0] + number, first[1] + number
         slot = lax.rem(i, jnp.int32(config.stages))
         pl.when(i >= config.stages)(lambda: plgpu.barrier_wait(scratch["consumed"].at[slot]))
         ready = scratch["ready"].at[slot]
         tiles = pl.ds(lax.div(feature, jnp.int32(_BLOCK_N)), WARPGROUPS)
-        half = pl.ds(lax.rem(step, jnp.int32(2)) * rows, rows)
-        source = gmem["words"].at[lax.div(step, jnp.int32(2)), tiles, half]
+        part = pl.ds(lax.rem(step, steps_per_tile) * rows, rows)
+        source = gmem["words"].at[lax.div(step, steps_per_tile), tiles, part]
         plgpu.copy_gmem_to_smem(source, scratch["words_smem"].at[slot], ready)
-        source = gmem["x"].at[pl.ds(token, config.columns), pl.ds(step * STEP_K, STEP_K)]
+        source = gmem["x"].at[pl.ds(token, config.columns), pl.ds(step * length, length)]
         shared = {"collective_axes": "cluster"} if config.cluster > 1 else {}
         plgpu.copy_gmem_to_smem(source, scratch["x_smem"].at[slot], ready, **shared)
         if problem.group_size is not None:
             count = scale_rows(problem)
-            at = lax.div(step * STEP_K, jnp.int32(problem.group_size))
+            at = lax.div(step * length, jnp.int32(problem.group_size))
             source = gmem["scales"].at[pl.ds(at, count), :, pl.ds(feature, WARPGROUPS * _BLOCK_N)]
             plgpu.copy_gmem_to_smem(source, scratch["scales_smem"].at[slot], ready)
 
@@ -206,18 +213,20 @@ def _load_weights(
     """Wait for a step and make its weights, in registers.
 
     Returns:
-      ``(64, 64)`` in one piece, or, where sums of groups are scaled, a piece per group; and the
+      A step's weights in one piece, or, where sums of groups are scaled, a piece per group; and the
       scales ``(64,)`` of those sums.
     """
     plgpu.barrier_wait(scratch["ready"].at[slot])
     smem = scratch["words_smem"].at[slot, warpgroup]
-    words = plgpu.load(smem, layout=_unpack.words_layout(problem.bits // 2))
+    words = plgpu.load(smem, layout=_unpack.words_layout(_word_rows(problem)))
     scales, offsets = [], []
     for g in range(scale_rows(problem)):
         source = scratch["scales_smem"].at[slot, g]
         rows = pl.ds(warpgroup * _BLOCK_N, _BLOCK_N)
         for part, values in zip(range(source.shape[0]), (scales, offsets), strict=False):
             values.append(plgpu.load(source.at[part, rows], layout=plgpu.Layout.WGMMA.reduce(1)))
+    if problem.compute == "int8":
+        return [_unpack.unpack_int8(words, interpret=interpret)], scales
     sum_scales: list[Array] = []
     if scaled_sums(problem):
         scales, sum_scales = [], scales
@@ -241,8 +250,8 @@ def _multiply(acc: Any, total: Any, weights: Array, x_smem: Any, interpret: bool
     """
     if interpret:
         dims = (((1,), (1,)), ((), ()))
-        x = x_smem[...].astype(jnp.float32)
-        return total + lax.dot_general(weights.astype(jnp.float32), x, dims)
+        wide = total.dtype
+        return total + lax.dot_general(weights.astype(wide), x_smem[...].astype(wide), dims)
     plgpu.wgmma(acc, weights, x_smem.T)
     return total
 
@@ -275,18 +284,21 @@ def _accumulate(
             _give_back(scratch, slot, interpret)
             return total
 
-        return lax.fori_loop(0, problem.k // config.splits // STEP_K, step, total)
+        return lax.fori_loop(0, problem.k // config.splits // step_k(problem), step, total)
 
     shape = (_BLOCK_N, config.columns)
+    dtype = jnp.int32 if problem.compute == "int8" else jnp.float32
     if interpret:
-        sums = loop(None, jnp.zeros(shape, jnp.float32))
+        sums = loop(None, jnp.zeros(shape, dtype))
     else:
 
         def run(acc: Any) -> Array:
             loop(acc, ())
             return acc[...]
 
-        sums = pl.run_scoped(run, plgpu.ACC(shape))
+        sums = pl.run_scoped(run, plgpu.ACC(shape, dtype))
+    if problem.compute == "int8":
+        return sums.astype(jnp.float32) * jnp.float32(1 / 16)
     if problem.group_size is not None:
         return sums
     # Unpacking leaves a constant power of two: 16-bit floats have no room for it.
@@ -306,7 +318,7 @@ def _scaled_sums(
     shape = (_BLOCK_N, config.columns)
     # Steps of a group, or groups of a step.
     count = scale_rows(problem)
-    steps = max(1, (problem.group_size or 0) // STEP_K)
+    steps = max(1, (problem.group_size or 0) // step_k(problem))
 
     def partial(multiply: Callable[[Any, Any], tuple[Any, Array]]) -> tuple[Array, Array]:
         """The product that ``multiply`` adds up, and the scale that it returns beside it."""
@@ -344,7 +356,7 @@ def _scaled_sums(
     def short_groups(i: Array, sums: Array) -> Array:
         slot = slot_of(i)
         pieces, scales = _load_weights(slot, scratch, warpgroup, problem, interpret)
-        size = STEP_K // count
+        size = step_k(problem) // count
         for g, (weights, scale) in enumerate(zip(pieces, scales, strict=True)):
             x_smem = scratch["x_smem"].at[slot, :, pl.ds(g * size, size)]
 
@@ -357,10 +369,48 @@ def _scaled_sums(
             sums = add(sums, *partial(multiply))
         return sums
 
+    def integer_group(g: Array, sums: Array) -> Array:
+        slot = slot_of(g)
+        (weights,), (scale,) = _load_weights(slot, scratch, warpgroup, problem, interpret)
+        return add(sums, _integer_product(weights, slot, scratch, shape, interpret), scale)
+
     zero = jnp.zeros(shape, jnp.float32)
     zero = zero if interpret else plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
     body = short_groups if count > 1 else long_group
-    return lax.fori_loop(0, problem.k // config.splits // STEP_K // steps, body, zero)
+    if problem.compute == "int8":
+        body = integer_group
+    sums = lax.fori_loop(0, problem.k // config.splits // step_k(problem) // steps, body, zero)
+    if problem.compute != "int8":
+        return sums
+    # The stored scales are for codes in the unit that bfloat16 leaves them in; these are 16 times
+    # their value.
+    _, rest = _codes.constant_multiplier(problem.kind, "bfloat16")
+    return sums * jnp.float32(2.0**rest / 16)
+
+
+def _integer_product(
+    weights: Array, slot: Array, scratch: dict[str, Any], shape: tuple[int, int], interpret: bool
+) -> Array:
+    """``weights @ x.T`` of int8 operands, one group, as float32.
+
+    The accumulator starts as the bits of ``1.5 * 2**23``. As long as sums stay below ``2**22`` (a
+    group's are at most ``128 * 127 * 128``) it ends as the bits of that float plus the sum, and one
+    subtraction converts: the instruction that converts integers has an eighth of its rate.
+    """
+    magic = 1.5 * 2.0**23
+    x_smem = scratch["x_smem"].at[slot]
+    if interpret:
+        total = _multiply(None, jnp.zeros(shape, jnp.int32), weights, x_smem, interpret)
+        _give_back(scratch, slot, interpret)
+        return total.astype(jnp.float32)
+
+    def run(acc: Any) -> None:
+        _multiply(acc, (), weights, x_smem, interpret)
+        _give_back(scratch, slot, interpret)
+
+    start = jnp.full(shape, int(np.float32(magic).view(np.int32)), jnp.int32)
+    total = pl.run_state(run)(plgpu.ACC.init(plgpu.layout_cast(start, plgpu.Layout.WGMMA)))
+    return lax.bitcast_convert_type(total, jnp.float32) - jnp.float32(magic)
 
 
 def _store(

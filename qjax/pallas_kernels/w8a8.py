@@ -144,6 +144,8 @@ def weight_unsupported_reason(k: int, n: int, *, kind: str, blocks: bool) -> str
         return f"({k=}, {n=}) must be multiples of ({BLOCK_K}, 64)"
     if blocks and kind == "int8":
         return "int8 blocks; there are kernels for block scales of fp8 codes"
+    if blocks and n < BLOCK_K:
+        return f"{n=} with block scales; at least {BLOCK_K}"
     if blocks and k > BLOCK_K * _MAX_SCALE_BLOCKS:
         return f"{k=} with block scales; at most {BLOCK_K * _MAX_SCALE_BLOCKS}"
     return None
@@ -317,7 +319,7 @@ def heuristic_config(p: Problem) -> Config:
     found = _candidates(p)
     if not found:
         # Narrow weights: the smallest tile always fits.
-        return Config(64, 64, 4, promote=p.blocks)
+        return Config(64, 128 if p.blocks else 64, 4, promote=p.blocks)
     return min(found, key=lambda config: estimate_seconds(config, p))
 
 

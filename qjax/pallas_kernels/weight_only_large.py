@@ -1,4 +1,4 @@
-"""W4A16 and W8A16 with many rows: the packed weights of ``weight_only`` at matrix-core speed.
+"""W4A16, W8A16 and W4A8 with many rows: the packed weights of ``weight_only`` at full speed.
 
 ::
 
@@ -12,11 +12,18 @@ this one is written out. A step is 64 of the contraction, half a weight tile::
 
   slot: words (2, bits / 2, 256), activations (columns, 64), scales of the groups of the step
 
+or with 8-bit activations all 128.
+
 With ``cluster`` two CTAs with the same tokens load half of them each, for both (multicast).
 
 Groups are scaled as in ``weight_only``: weights in float16, sums in bfloat16 (``scaled_sums``). The
 latter are float32 totals beside the tensor core's accumulators, twice the registers: tiles have up
 to 160 tokens.
+
+W4A8 multiplies int4 by int8: a code in the upper half of a byte is 16 times its value, so that
+unpacking takes three instructions for eight codes (``_unpack.unpack_int8``). Sums of groups are
+exact integers, and scaled as in bfloat16. The same packed weight serves: it is only the order of
+the activations within each 16 of the contraction that differs (``int8_order``).
 
 References:
   Machete (vLLM): the transposed mixed-type product with ``wgmma``; see also ``w8a8``.
@@ -35,8 +42,6 @@ from qjax.pallas_kernels.weight_only import SHARED_MEMORY_BYTES, Problem
 from qjax.typing import Array, DType
 
 WARPGROUPS = 2
-STEP_K = 64
-"""Contraction length of one step."""
 _SM_COUNT = 132
 _MAX_COLUMNS = {False: 256, True: 160}  # by scaled_sums: what the registers hold
 
@@ -75,9 +80,19 @@ class Config:
         return next(size for size in (64, 32, 16, 8) if self.columns % size == 0)
 
 
+def step_k(p: Problem) -> int:
+    """Contraction length of one step: 128 bytes of activations."""
+    return 128 if p.compute == "int8" else 64
+
+
 def scaled_sums(p: Problem) -> bool:
     """Whether the sums of groups are scaled, and not the weights."""
-    return p.group_size is not None and p.compute == "bfloat16"
+    return p.group_size is not None and p.compute != "float16"
+
+
+def stored_dtype(compute: str) -> DType:
+    """Type of a group's scale as the kernel reads it; W4A8 takes that of bfloat16."""
+    return _codes.stored_dtype("bfloat16" if compute == "int8" else compute)
 
 
 def unsupported_reason(p: Problem) -> str | None:
@@ -91,8 +106,11 @@ def unsupported_reason(p: Problem) -> str | None:
         return f"n={p.n} with many rows; must be a multiple of {WARPGROUPS * _layout.BLOCK_N}"
     if p.m < 1:
         return f"m={p.m} rows; at least one is needed"
-    if p.compute not in _codes.COMPUTE_DTYPES:
-        return f"{p.compute} activations; the kernel takes float16 and bfloat16"
+    if p.compute == "int8":
+        if p.kind != "int4" or p.group_size not in (None, 128) or p.zero_point:
+            return "int8 activations are for int4 weights in groups of 128 without zero points"
+    elif p.compute not in _codes.COMPUTE_DTYPES:
+        return f"{p.compute} activations; the kernel takes float16, bfloat16 and int8"
     return None
 
 
@@ -101,17 +119,17 @@ def _align(size: int) -> int:
 
 
 def scale_rows(p: Problem) -> int:
-    """Groups whose scales a step of 64 needs."""
-    return 0 if p.group_size is None else max(1, STEP_K // p.group_size)
+    """Groups whose scales a step needs."""
+    return 0 if p.group_size is None else max(1, step_k(p) // p.group_size)
 
 
 def _operand_bytes(config: Config, p: Problem) -> int:
     rows = WARPGROUPS * _layout.BLOCK_N
     parts = (2 if p.zero_point else 1) * scale_rows(p)
     buffers = (
-        config.stages * WARPGROUPS * p.bits // 2 * 1024,
-        config.stages * config.columns * STEP_K * 2,
-        config.stages * parts * rows * _codes.stored_dtype(p.compute).itemsize,
+        config.stages * WARPGROUPS * p.bits * 8 * step_k(p),
+        config.stages * config.columns * 128,
+        config.stages * parts * rows * stored_dtype(p.compute).itemsize,
         2 * config.stages * 8,
     )
     return sum(map(_align, buffers))
@@ -163,15 +181,15 @@ def estimate_seconds(config: Config, p: Problem) -> float:
     """Time by a simple model, to rank configs: see ``w8a8.estimate_seconds``."""
     tiles_a, tiles_b = tile_counts(config, p)
     waves = -(-tiles_a * tiles_b * config.splits // (_SM_COUNT // config.cluster))
-    # Per step and warpgroup four m64nNk16 of N / 2 cycles, and one unpacking to begin with.
+    # Per step and warpgroup four products of 64 rows in N / 2 cycles, and unpacking to begin with.
     step = 4 * WARPGROUPS * max(config.columns / 2, 16) * 1.06
     if scaled_sums(p):
         # One multiply-add per sum and group: a quarter of the products' time for groups of 64.
-        step *= 1 + 0.03 * (128 // (p.group_size or 128))
-    loaded = (config.columns / config.cluster + p.bits * 8) * STEP_K * 2 / 64
-    steps = p.k // config.splits // STEP_K
+        step *= 1 + (0.2 if p.compute == "int8" else 0.03) * (128 // (p.group_size or 128))
+    loaded = config.columns * 128 / config.cluster / 64 + p.bits * step_k(p) / 4
+    steps = p.k // config.splits // step_k(p)
     compute = waves * (steps * (max(step, 300.0) + 0.1 * loaded) + 1500) / 1.7e9
-    moved = p.k * p.n * p.bits / 8 + 2 * p.m * p.k + p.m * p.n * p.out_itemsize
+    moved = p.k * p.n * p.bits / 8 + p.m * p.k * 128 / step_k(p) + p.m * p.n * p.out_itemsize
     if config.splits > 1:
         # Written and read once more, by one more kernel.
         moved += 8 * config.splits * p.m * p.n
@@ -215,6 +233,19 @@ def search_space(p: Problem) -> list[Config]:
     return sorted(found, key=lambda config: estimate_seconds(config, p))
 
 
+def int8_order(x: Array) -> Array:
+    """Activations in the order in which ``unpack_int8`` finds the codes of a packed weight.
+
+    Args:
+      x: ``(m, k)``.
+
+    Returns:
+      The same, with ``8 c + 2 q + e`` of each 16 of ``k`` moved to ``4 q + 2 e + c``.
+    """
+    m, k = x.shape
+    return x.reshape(m, k // 16, 2, 4, 2).transpose(0, 1, 3, 4, 2).reshape(m, k)
+
+
 def matmul(
     x: Array,
     words: Array,
@@ -231,10 +262,10 @@ def matmul(
     """``x @ weight`` for a packed weight; arguments and result as of ``weight_only.matmul``.
 
     Args:
-      x: Activations ``(m, k)``, float16 or bfloat16.
+      x: Activations ``(m, k)``, float16, bfloat16, or int8 codes in ``int8_order``.
       words: Packed codes, int32 ``(k / 128, n / 64, bits, 256)``.
       scales: ``(groups, 1, n)`` stored scales, or ``(groups, 2, n)`` scales and offsets, in
-        ``_codes.stored_dtype`` of the type of ``x``; None without groups.
+        ``stored_dtype`` of the type of ``x``; None without groups.
       column: float32 ``(n,)``, applied to the output.
       row_scale: float32 ``(m,)``, applied to the output; None for none.
       kind: Type of the codes.

@@ -1,4 +1,4 @@
-"""The W8A8 kernel in the Pallas interpreter: tiles, clusters, edges, splits, scales, packing.
+"""Kernels for 8-bit activations in the Pallas interpreter: tiles, edges, splits, scales, packing.
 
 The interpreter multiplies in numpy whatever the types, so that this proves nothing about the tensor
 core: test_aot_w8a8.py compiles it and test_gpu_w8a8.py runs it.
@@ -19,6 +19,7 @@ import qjax
 from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
 from qjax.formats import QuantFormat
 from qjax.ops.packed import pack_for_mosaic, packed_dot, packed_unsupported_reason
+from qjax.pallas_kernels import weight_only_large
 from qjax.pallas_kernels.w8a8 import Config
 from qjax.quantize import quantize
 from tests import tolerances
@@ -38,9 +39,11 @@ class Case:
     m: int
     k: int
     n: int
-    config: Config
+    config: Config | weight_only_large.Config
 
 
+W4A8 = qjax.INT4_G128.replace(activation=qjax.INT8_PER_TOKEN)
+W4A8_CHANNEL = qjax.INT4_CHANNEL.replace(activation=qjax.INT8_PER_TOKEN)
 CASES = {
     "fp8": Case(qjax.W8A8_FP8, 128, 384, 64, Config(64, 64, 2)),
     "fp8_edges_cluster": Case(qjax.W8A8_FP8, 200, 256, 192, Config(64, 64, 2, cluster=2)),
@@ -50,6 +53,9 @@ CASES = {
     "fp8_promoted": Case(qjax.W8A8_FP8, 130, 384, 128, Config(64, 128, 2, promote=True)),
     "blocks": Case(qjax.W8A8_FP8_BLOCK, 130, 384, 128, Config(64, 128, 2, promote=True)),
     "blocks_few_rows": Case(qjax.W8A8_FP8_BLOCK, 9, 512, 320, Config(64, 16, 2, True, 2, 1, True)),
+    "w4a8": Case(W4A8, 70, 384, 128, weight_only_large.Config(40, 2)),
+    "w4a8_splits": Case(W4A8, 5, 512, 256, weight_only_large.Config(16, 2, 2, 2)),
+    "w4a8_channel": Case(W4A8_CHANNEL, 24, 256, 128, weight_only_large.Config(24, 2)),
 }
 
 
