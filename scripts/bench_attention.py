@@ -40,6 +40,8 @@ MAX_ERROR = 5e-3
 """Largest relative error that is timed: probabilities and result rounded to bfloat16 once each
 (1.65e-3 times the root of 2), with room for peaked rows."""
 
+CHILD_FLAGS = "q_heads kv_heads head_dim page_size window dtype search rate rotate_mb launches"
+
 EPILOG = """\
 examples
   python scripts/bench_attention.py --output rows.jsonl --plot attention.png
@@ -223,10 +225,10 @@ def random_cache(
         scales = jnp.concatenate([p[1] for p in parts]) if fmt.stores_scales else None
         made.append((codes, scales))
         del parts
-    (keys, key_scales), (values, value_scales) = made
-    cache = dataclasses.replace(cache, keys=(keys,), values=(values,))
+    cache = dataclasses.replace(cache, keys=(made[0][0],), values=(made[1][0],))
     if fmt.stores_scales:
-        cache = dataclasses.replace(cache, key_scales=(key_scales,), value_scales=(value_scales,))
+        scales = {"key_scales": (made[0][1],), "value_scales": (made[1][1],)}
+        cache = dataclasses.replace(cache, **scales)
     order = np.random.default_rng(0).permutation(cache.num_pages).astype(np.int32)
     tables = [jnp.asarray(t) for t in order.reshape(copies, batch, per_seq)]
     return cache.with_page_table(tables[0]), tables
@@ -275,13 +277,11 @@ def measure(args: argparse.Namespace, row: Row) -> list[Row]:
         configs += [(other, "search") for other in others[::step][: args.search]]
     found = []
     for config, source in configs:
-        named = None if config is None else str(config)
-        one = dataclasses.replace(row, config=named, config_source=source)
+        one = dataclasses.replace(row, config=config and str(config), config_source=source)
         try:
             found.append(_time_one(args, one, fmt, q, cache, tables, config))
         except Exception as error:  # whatever it is, it is a finding, and the others go on
-            lines = str(error).strip().splitlines() or [""]
-            message = f"{type(error).__name__}: {lines[0][:300]}"
+            message = f"{type(error).__name__}: {str(error).strip()[:300]}"
             found.append(dataclasses.replace(one, error=message))
     timed = [row for row in found if row.us is not None]
     best = [min(timed, key=lambda row: row.us or 0.0)] if timed else []
@@ -304,17 +304,9 @@ def _time_one(
     def attend(q: jax.Array, cache: QuantizedKVCache, lengths: jax.Array) -> jax.Array:
         positions = lengths[:, None] - 1
         if config is None:
-            return paged_attention(
-                q,
-                cache,
-                0,
-                positions,
-                slots,
-                lengths,
-                scale=scale,
-                window=args.window,
-                backend=row.backend,
-            )
+            where = positions, slots, lengths
+            options = {"scale": scale, "window": args.window, "backend": row.backend}
+            return paged_attention(q, cache, 0, *where, **options)
         grouped = q.reshape(row.batch, args.kv_heads, -1, args.head_dim)
         out = decode_by_kernel(
             grouped, cache, 0, positions, slots, lengths, scale, args.window, config=config
@@ -335,9 +327,8 @@ def _time_one(
     size = args.head_dim * fmt.bits / 8 + (4 if fmt.stores_scales else 0)
     moved = 2 * row.batch * seen * args.kv_heads * size
     rate = args.rate
-    if rate is None:
-        peaks = device_info().peaks
-        rate = None if peaks is None else peaks.bytes_per_s / 1e12
+    if rate is None and (peaks := device_info().peaks) is not None:
+        rate = peaks.bytes_per_s / 1e12
     return dataclasses.replace(
         row,
         device=device_info().kind,
@@ -362,36 +353,20 @@ def work(args: argparse.Namespace) -> None:
 def run_child(args: argparse.Namespace, name: str, backend: str, limit: float) -> list[Row]:
     """Measure one format on one backend in a child process."""
     command = [sys.executable, __file__, "--worker", "--formats", name, "--backends", backend]
-    for flag in (
-        "cases",
-        "q_heads",
-        "kv_heads",
-        "head_dim",
-        "page_size",
-        "window",
-        "dtype",
-        "search",
-        "rate",
-        "rotate_mb",
-        "launches",
-    ):
+    for flag in ("cases", *CHILD_FLAGS.split()):
         value = getattr(args, flag)
         if value is not None:
             command += [f"--{flag.replace('_', '-')}", str(value)]
     reason = "the process ended without a result"
-    output = ""
-    if limit <= 0:
-        reason = f"not started: --total-limit {args.total_limit:g} s is over"
-    else:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-            output = done.stdout
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or [reason])[-1][:300]
-        except subprocess.TimeoutExpired as expired:
-            stdout = expired.stdout or b""
-            output = stdout.decode() if isinstance(stdout, bytes) else stdout
-            reason = f"not finished within {limit:g} s"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(limit, 0))
+        output = done.stdout
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [reason])[-1][:300]
+    except subprocess.TimeoutExpired as expired:
+        stdout = expired.stdout or b""
+        output = stdout.decode() if isinstance(stdout, bytes) else stdout
+        reason = f"not finished within {limit:g} s, see --time-limit and --total-limit"
     lines = [line for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
     rows = [Row(**json.loads(line)) for line in lines]
     measured = {(row.context, row.batch) for row in rows}
@@ -485,11 +460,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--q-heads {args.q_heads} must be a multiple of --kv-heads")
     if args.launches < 1 or args.search < 0:
         raise ValueError("--launches must be at least 1 and --search at least 0")
-    if args.plot is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib: pip install 'qjax[plot]'")
-        if not pathlib.Path(args.plot).resolve().parent.is_dir():
-            raise ValueError(f"--plot {args.plot}: no such folder")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'qjax[plot]'")
+    if args.plot is not None and not pathlib.Path(args.plot).resolve().parent.is_dir():
+        raise ValueError(f"--plot {args.plot}: no such folder")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

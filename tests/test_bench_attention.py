@@ -69,7 +69,7 @@ def test_limits(capsys):
     assert bench_attention.main([*SMALL, *flags, "--time-limit", "0.01"]) == 1
     assert "not finished within 0.01 s" in capsys.readouterr().out
     assert bench_attention.main([*SMALL, *flags, "--total-limit", "0"]) == 1
-    assert "not started: --total-limit 0 s is over" in capsys.readouterr().out
+    assert "not finished within -" in capsys.readouterr().out
 
 
 def test_ratios_and_plot(tmp_path):

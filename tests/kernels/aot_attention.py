@@ -70,11 +70,78 @@ def compile_problem(problem: Any, config: Any, soft_cap: float | None, sharding:
     }
 
 
+def compile_step(dtype: str, mode: str, tokens: int, sharding: Any) -> dict:
+    """Memory of a program that appends to two layers of a donated cache and attends.
+
+    Returns:
+      Bytes of the cache, of it that the program updates in place, of temporaries, and the
+      instructions that make a new array as large as a page pool.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from qjax.kv_cache import QuantizedKVCache
+    from qjax.kv_format import KVFormat
+    from qjax.ops._paged import decode_by_kernel
+    from qjax.ops.kv import append
+
+    rows, heads, dim = 16, 8, 128
+    ones = np.ones(heads, np.float32)
+    cache = QuantizedKVCache.init(
+        num_layers=2,
+        num_kv_heads=heads,
+        head_dim=dim,
+        num_pages=512,
+        page_size=64,
+        max_seqs=rows,
+        pages_per_seq=32,
+        fmt=KVFormat(dtype, mode),
+        static_scales=[(ones, ones)] * 2 if mode == "static" else None,
+    )
+
+    def shape(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def step(cache: Any, new: Any, q: Any, positions: Any, slots: Any, valid: Any) -> Any:
+        for layer in (0, 1):
+            cache = append(cache, layer, new[0], new[1], positions, slots, valid)
+            if tokens == 1:
+                lengths = positions[:, 0] + 1
+                q = decode_by_kernel(q, cache, layer, positions, slots, lengths, 0.1, None)
+        return cache, q
+
+    arguments = (
+        cache,
+        jnp.zeros((2, rows, tokens, heads, dim), jnp.bfloat16),
+        jnp.zeros((rows, heads, 4, dim), jnp.bfloat16),
+        jnp.zeros((rows, tokens), jnp.int32),
+        jnp.zeros((rows,), jnp.int32),
+        jnp.zeros((rows, tokens), bool),
+    )
+    shapes = jax.tree.map(shape, arguments)
+    compiled = (
+        jax.jit(step, donate_argnums=0).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+    )
+    memory = compiled.memory_analysis()
+    text = compiled.as_text()
+    assert memory is not None and text is not None
+    pool = ",".join(map(str, cache.keys[0].shape))
+    large = re.findall(rf"= \w+\[{pool}\]\S* (?:copy|transpose|convert)\(.*", text)
+    return {
+        "cache": cache.nbytes,
+        "in_place": memory.alias_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "large": large,
+    }
+
+
 def main() -> None:
-    """Read a JSON list of (problem, config or null, soft cap); write a report for each."""
+    """Read a JSON list of (problem, config or null, soft cap) or (dtype, mode, tokens)."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     os.environ["JAX_PLATFORMS"] = ""
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+    import jax
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
@@ -84,7 +151,12 @@ def main() -> None:
         platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET
     )
     sharding = SingleDeviceSharding(topology.devices[0])
-    for problem, config, soft_cap in json.load(sys.stdin):
+    for first, config, soft_cap in json.load(sys.stdin):
+        if isinstance(first, str):
+            with jax.default_device(jax.devices("cpu")[0]):
+                print(json.dumps(compile_step(first, config, soft_cap, sharding)), flush=True)
+            continue
+        problem = first
         chosen = None if config is None else Config(**config)
         report = compile_problem(Problem(**problem), chosen, soft_cap, sharding)
         print(json.dumps(report), flush=True)

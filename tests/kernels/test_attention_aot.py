@@ -41,15 +41,11 @@ def every_problem() -> list[Problem]:
     return problems
 
 
-def _compile(cases: Sequence[tuple[Problem, Config | None, float | None]]) -> list[str]:
-    """What is wrong with each problem, one line for each finding."""
+def _reports(data: Sequence[tuple]) -> list[dict]:
+    """What ``aot_attention`` says about each of its cases."""
     reason = _missing()
     if reason is not None:
         pytest.skip(reason)
-    data = [
-        (dataclasses.asdict(p), None if c is None else dataclasses.asdict(c), cap)
-        for p, c, cap in cases
-    ]
     run = subprocess.run(
         [sys.executable, "-m", "tests.kernels.aot_attention"],
         input=json.dumps(data),
@@ -59,14 +55,37 @@ def _compile(cases: Sequence[tuple[Problem, Config | None, float | None]]) -> li
         check=False,
     )
     reports = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert len(reports) == len(cases), run.stderr[-4000:]
+    assert len(reports) == len(data), run.stderr[-4000:]
+    return reports
+
+
+def _compile(cases: Sequence[tuple[Problem, Config | None, float | None]]) -> list[str]:
+    """What is wrong with each problem, one line for each finding."""
+    data = [
+        (dataclasses.asdict(p), None if c is None else dataclasses.asdict(c), cap)
+        for p, c, cap in cases
+    ]
     findings = []
-    for case, report in zip(cases, reports, strict=True):
+    for case, report in zip(cases, _reports(data), strict=True):
         if report["error"] is not None:
             findings.append(f"{case}: {report['error']}")
         elif report["spilled"]:
             findings.append(f"{case}: {report['spilled']} bytes spilled")
     return findings
+
+
+def test_append_and_decode_update_a_donated_cache_in_place() -> None:
+    cases = [
+        ("bfloat16", "none", 1),
+        ("float8_e4m3fn", "static", 1),
+        ("int8", "tracked", 1),
+        ("int4", "dynamic", 1),
+        ("int8", "tracked", 64),
+    ]
+    for case, report in zip(cases, _reports(cases), strict=True):
+        assert report["in_place"] >= report["cache"], (case, report)
+        assert report["temporary"] < report["cache"] / 20, (case, report)
+        assert not report["large"], (case, report)
 
 
 def test_every_kind_of_page_and_the_widest_heads() -> None:
