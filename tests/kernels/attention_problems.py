@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -103,11 +104,20 @@ def by_kernel(
     interpret: bool = False,
 ) -> jax.Array:
     """The kernel's result, with the newest token of each sequence as the query."""
-    rows = q.shape[0]
+    run = _kernel(sizes, config, interpret)
+    slots = list(range(q.shape[0])) if slots is None else slots
+    out = run(cache, q, jnp.asarray(lengths, jnp.int32), jnp.asarray(slots, jnp.int32))
+    assert out.dtype == q.dtype
+    return out
+
+
+@functools.cache
+def _kernel(sizes: Sizes, config: Config | None, interpret: bool) -> Callable[..., jax.Array]:
+    """One function per config, so that equal shapes compile once."""
 
     def run(cache: QuantizedKVCache, q: jax.Array, n: jax.Array, slots: jax.Array) -> jax.Array:
-        return decode_by_kernel(
-            q.reshape(rows, sizes.heads, sizes.ratio, sizes.dim),
+        out = decode_by_kernel(
+            q.reshape(q.shape[0], sizes.heads, sizes.ratio, sizes.dim),
             cache,
             0,
             n[:, None] - 1,
@@ -119,12 +129,9 @@ def by_kernel(
             config=config,
             interpret=interpret,
         )
+        return out.reshape(q.shape)
 
-    run = run if interpret else jax.jit(run)
-    slots = list(range(rows)) if slots is None else slots
-    out = run(cache, q, jnp.asarray(lengths, jnp.int32), jnp.asarray(slots, jnp.int32))
-    assert out.dtype == q.dtype
-    return out.reshape(q.shape)
+    return run if interpret else jax.jit(run)
 
 
 def reference(
