@@ -28,6 +28,7 @@ from qjax.formats import INT8_G128 as INT8_G128
 from qjax.formats import INT8_PER_TENSOR as INT8_PER_TENSOR
 from qjax.formats import INT8_PER_TOKEN as INT8_PER_TOKEN
 from qjax.formats import INT8_TENSOR as INT8_TENSOR
+from qjax.formats import W4A8_INT8 as W4A8_INT8
 from qjax.formats import W8A8_FP8 as W8A8_FP8
 from qjax.formats import W8A8_FP8_BLOCK as W8A8_FP8_BLOCK
 from qjax.formats import W8A8_INT8 as W8A8_INT8

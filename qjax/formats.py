@@ -209,6 +209,7 @@ INT8_PER_TENSOR = QuantFormat("int8", "tensor", dynamic=False)
 W8A8_FP8 = FP8_E4M3_CHANNEL.replace(activation=FP8_PER_TOKEN)
 W8A8_FP8_BLOCK = FP8_E4M3_BLOCK128.replace(activation=FP8_TOKEN_G128)
 W8A8_INT8 = INT8_CHANNEL.replace(activation=INT8_PER_TOKEN)
+W4A8_INT8 = INT4_G128.replace(activation=INT8_PER_TOKEN)
 
 FORMATS: dict[str, QuantFormat | None] = {
     "none": None,
@@ -233,6 +234,7 @@ FORMATS: dict[str, QuantFormat | None] = {
     "w8a8_fp8": W8A8_FP8,
     "w8a8_fp8_block": W8A8_FP8_BLOCK,
     "w8a8_int8": W8A8_INT8,
+    "w4a8_int8": W4A8_INT8,
 }
 """Names understood by the command line; ``none`` and ``bf16`` leave weights as they are."""
 

@@ -1,4 +1,4 @@
-"""The W8A8 kernel on the GPU, against products of the same quantized operands in float64."""
+"""The kernels for 8-bit activations on the GPU, against float64 products of the same operands."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import qjax
 from qjax._device import compiler_options, mosaic_gpu_unsupported_reason
 from qjax.formats import QuantFormat
 from qjax.ops.packed import pack_for_mosaic, packed_dot
+from qjax.pallas_kernels import weight_only_large
 from qjax.pallas_kernels.w8a8 import Config
 from qjax.quantize import quantize
 from tests import tolerances
@@ -27,10 +28,12 @@ FORMATS: dict[str, QuantFormat] = {
     "fp8_block": qjax.W8A8_FP8_BLOCK,
     "int8_static": qjax.W8A8_INT8.replace(activation=STATIC_INT8),
     "fp8_tensor": qjax.FP8_E4M3_TENSOR.replace(activation=qjax.FP8_PER_TOKEN),
+    "w4a8": qjax.W4A8_INT8,
+    "w4a8_channel": qjax.INT4_CHANNEL.replace(activation=qjax.INT8_PER_TOKEN),
     "e5m2": qjax.FP8_E5M2_CHANNEL.replace(activation=qjax.FP8_PER_TOKEN),
 }
 # Every branch of the kernel; the last of a tile's columns, rows and features lie over the edges.
-CONFIGS: dict[str, tuple[str, Config]] = {
+CONFIGS: dict[str, tuple[str, Config | weight_only_large.Config]] = {
     "fp8_64x64": ("fp8", Config(64, 64, 4)),
     "fp8_64x256": ("fp8", Config(64, 256, 3)),
     "fp8_128x128": ("fp8", Config(128, 128, 3)),
@@ -49,6 +52,9 @@ CONFIGS: dict[str, tuple[str, Config]] = {
     "block_cluster": ("fp8_block", Config(64, 128, 4, cluster=2, promote=True)),
     "block_swapped": ("fp8_block", Config(64, 160, 3, swap=True, cluster=2, promote=True)),
     "block_swapped_splits": ("fp8_block", Config(128, 40, 4, True, 2, 1, True)),
+    "w4a8_cluster": ("w4a8", weight_only_large.Config(160, 4, 2)),
+    "w4a8_splits": ("w4a8", weight_only_large.Config(40, 8, splits=2)),
+    "w4a8_channel": ("w4a8_channel", weight_only_large.Config(256, 4)),
 }
 
 
@@ -95,12 +101,14 @@ def _check(x: jax.Array, w: qjax.QuantizedArray, out: jax.Array, tolerance: floa
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs(name: str, rng: np.random.Generator) -> None:
     fmt, config = FORMATS[CONFIGS[name][0]], CONFIGS[name][1]
-    for m, k, n in ((300, 1024, 832), (37, 512, 256)):
+    wide = 768 if fmt.bits == 4 else 832
+    for m, k, n in ((300, 1024, wide), (37, 512, 256)):
         x, w = _operands(rng, m, k, n, fmt)
         run = jax.jit(lambda x, w: packed_dot(x, w, out_dtype=jnp.float32, config=config))
         packed = pack_for_mosaic(w)
         out = run(x, packed)
-        _check(x, w, out, _tolerance(fmt, k // config.splits, config.promote))
+        promoted = isinstance(config, Config) and config.promote
+        _check(x, w, out, _tolerance(fmt, k // config.splits, promoted))
         assert (out == run(x, packed)).all(), "results must not differ from run to run"
 
 
@@ -121,7 +129,7 @@ def test_formats_and_rows(name: str, m: int, rng: np.random.Generator) -> None:
     _check(x, w, half, tolerance + tolerances.BF16_OUTPUT)
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8", "fp8_block"])
+@pytest.mark.parametrize("name", ["fp8", "int8", "fp8_block", "w4a8"])
 def test_large_layers(name: str, rng: np.random.Generator) -> None:
     """Many tiles per CTA, and more work than one wave, for layers of an 8B model."""
     fmt = FORMATS[name]

@@ -32,7 +32,7 @@ FORMATS: dict[str, QuantFormat] = {
     "fp8_tensor": qjax.FP8_E4M3_TENSOR.replace(activation=qjax.FP8_PER_TOKEN),
     "fp8_block_token": qjax.FP8_E4M3_BLOCK128.replace(activation=qjax.FP8_PER_TOKEN),
     "e5m2": qjax.FP8_E5M2_CHANNEL.replace(activation=qjax.FP8_PER_TOKEN),
-    "w4a8": qjax.INT4_G128.replace(activation=qjax.INT8_PER_TOKEN),
+    "w4a8": qjax.W4A8_INT8,
     "w4a8_channel": qjax.INT4_CHANNEL.replace(activation=qjax.INT8_PER_TOKEN),
 }
 
