@@ -7,9 +7,9 @@ per token and KV head::
 
 Two forms, chosen by shape. Decode (one token for every slot) is *page-major*: each page computes a
 partial softmax with the query of the sequence that owns it, and only the partial results are
-gathered by the page table, so keys and values are read once and never copied (pages that sequences
-share are, while they do). Everything else gathers the pages of each sequence in chunks with an
-online softmax.
+gathered by the page table, so keys and values are read once and never copied; in a cache whose
+pages sequences may share, the pages of all rows are gathered first. Everything else gathers the
+pages of each sequence in chunks with an online softmax.
 
 On Hopper GPUs decode has a kernel (``pallas_kernels.paged_decode``) that reads the narrow values;
 what follows here is its specification, and runs everywhere.
@@ -265,7 +265,8 @@ def _decode(
         )
 
     def by_entry() -> tuple[Array, Array, Array]:
-        """Pages of all rows, copied: the same numbers, also where rows share a page."""
+        """Pages of all rows, gathered, since rows may share one. Where codes are converted for the
+        products this copies nothing that ``by_page`` does not."""
         flat = claim.reshape(-1)
         m, total, out = softmax_of(
             owners.reshape(-1),
@@ -281,11 +282,8 @@ def _decode(
         m, total, out = (x.reshape(rows, per_seq, *x.shape[1:]) for x in parts)
         return m, total, out
 
-    if cache.share_pages:
-        claims = jnp.zeros((cache.num_pages,), jnp.int32).at[claim].add(1, mode="drop")
-        m, total, partial = jax.lax.cond(jnp.any(claims > 1), by_entry, by_page)
-    else:
-        m, total, partial = by_page()
+    # Without a look at what is shared right now: the program must not depend on it.
+    m, total, partial = by_entry() if cache.share_pages else by_page()
     # Merge in page order: [b, entries, kv_heads, ratio].
     weight = jnp.exp(m - _finite(jnp.max(m, axis=1, keepdims=True)))
     total = jnp.sum(weight * total, axis=1)
