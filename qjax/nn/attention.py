@@ -70,7 +70,7 @@ class Attention(nn.Module):
 
         Args:
           x: ``(b, t, hidden)``.
-          positions: int32 ``(b, t)``.
+          positions: int32 ``(b, t)``; with a cache those of a row follow each other, padding last.
           cache: KV cache; None to attend over the ``t`` tokens only, in their order.
           slots: int32 ``(b,)``, the cache slot of each sequence; needed with a cache.
           valid: bool ``(b, t)``; padding is False. Needed with a cache, None means all without one.
@@ -142,6 +142,7 @@ class Attention(nn.Module):
                 scale=scale,
                 window=self.window,
                 key_bias=self._key_bias() if unbiased else None,
+                consecutive=True,
                 backend=self.attention_backend,
             )
         out = out.reshape(b, t, self.num_q_heads * self.head_dim)
