@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -26,7 +27,8 @@ from qjax.quantize import quantize_tree
 from qjax.sampling import SamplingParams
 from qjax.serving import Engine, EngineConfig, Request
 from qjax.serving.key_bias import describe, leave_out_biases, outlier_biases
-from tests.tolerances import F32_SUM, relative_error
+from qjax.serving.weights import prepare_weights
+from tests.tolerances import F32_SCORE, F32_SUM, relative_error
 
 QWEN2 = ModelConfig(
     vocab_size=96,
@@ -63,7 +65,9 @@ def qwen2_params(outlier: float = 300.0) -> Any:
         for pair in features:
             damped[2 * head : 2 * head + 2, [pair % 8, pair % 8 + 8]] = 0.1
     attn["k_proj"]["bias"] = jnp.asarray(bias.reshape(-1))
-    attn["q_proj"] = jax.tree.map(lambda x: np.asarray(x) * damped.reshape(-1), attn["q_proj"])
+    attn["q_proj"] = jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(x) * damped.reshape(-1)), attn["q_proj"]
+    )
     return params
 
 
@@ -114,6 +118,17 @@ def test_the_model_keeps_its_predictions(dtype, times):
     kept, apart = scores((fmt, fmt)), scores(leave_out_biases((fmt, fmt), qwen2_params(), QWEN2)[0])
     assert kept.kl is not None and apart.kl is not None
     assert kept.kl > 0.02 and apart.kl < kept.kl / times
+
+
+def test_joined_projections_leave_out_the_bias_too():
+    formats, _ = leave_out_biases((KVFormat("int8", "tracked"),) * 2, qwen2_params(), QWEN2)
+    module = Decoder(QWEN2, dtype=jnp.float32)
+    joined, _ = prepare_weights(copy.deepcopy(qwen2_params()), jnp.float32, fuse=True)
+    assert "qkv_proj" in joined["model"]["layers_0"]["self_attn"]
+    scored = [
+        score(module, p, sequences()[:1], kv_format=formats) for p in (qwen2_params(), joined)
+    ]
+    assert scored[0].nll == pytest.approx(scored[1].nll, rel=F32_SCORE)
 
 
 def filled(fmt: KVFormat, length: int, keys: np.ndarray, values: np.ndarray) -> QuantizedKVCache:
