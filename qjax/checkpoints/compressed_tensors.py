@@ -24,6 +24,12 @@ static activations     ``input_scale``           ``(1,)``
 their words without gaps; older versions left the bits unused that do not hold a whole code (3, 5, 6
 and 7 bits), which shows in the number of words. ``quantization_status`` is not looked at: there are
 compressed checkpoints which say "frozen", and the tensors tell what is stored.
+
+Dynamic int8 activations are scaled by ``absmax / 127``, as vLLM's kernel for these checkpoints does
+(``csrc/quantization/compressed_tensors/int8_quant_kernels.cu``); compressed-tensors itself divides
+by 127.5 in its simulation and uses -128. Files do not say which. Of a 656K model with int8 weights
+and activations the logits differ by 2.2 % of their norm between the two, either is 2.0 % from
+unquantized activations, and perplexities are 21.295 and 21.304 (float32: 21.260).
 """
 
 from __future__ import annotations
