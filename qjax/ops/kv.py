@@ -128,7 +128,7 @@ def append(
     """Quantize tokens and store them in one layer, in place when the cache is donated.
 
     Each slot may occur in one row only and each position of a row once; tokens of a row are in the
-    order of the sequence; none goes to a page that sequences share, whose places are all written.
+    order of the sequence; one that goes to a page which sequences share is the one that is there.
     Under these rules any chunking of a sequence stores the same bits. A
     token that is not valid, or has no page (its position lies outside the table, its table entry
     is unused, its slot does not exist), changes nothing: neither pages nor statistics nor counters.

@@ -73,8 +73,8 @@ class PageTable:
         Args:
           slot: A slot without pages.
           length: Tokens, those of ``prefix`` included.
-          prefix: Pages that others hold and fill: the slot becomes one more holder of them, and
-            they must not be written to any more. The rest is taken from the free pages.
+          prefix: Pages that others hold and have filled: the slot becomes one more holder of them,
+            and nothing else may be written there. The rest is taken from the free pages.
 
         Raises:
           ValueError: If the slot still holds pages, nobody holds a page of the prefix, or the

@@ -43,6 +43,7 @@ class Task:
       slot: Its slot while it runs, else None.
       prefilled: Prompt tokens that are in the cache.
       reused: Of these the ones that another request put there.
+      shared: Pages at the beginning of the prompt that another request filled.
       started: Whether any of its prompt was processed.
       keys: Of the full pages of its prompt that it may share; empty without a prefix cache.
       tokens: Tokens generated so far, with the end-of-sequence token if that ended it.
@@ -54,6 +55,7 @@ class Task:
     slot: int | None = None
     prefilled: int = 0
     reused: int = 0
+    shared: int = 0
     started: bool = False
     keys: list[PageKey] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -176,8 +178,20 @@ class Scheduler:
         if not self.prefix_cache.fits(task.request.total, prefix):
             return False
         self.prefix_cache.reserve(slot, task.request.total, prefix)
-        task.prefilled = task.reused = len(prefix) * self.pages.page_size
+        self._take_over(task, len(prefix))
         return True
+
+    def _take_over(self, task: Task, pages: int) -> None:
+        """Skip the chunks of a prompt that lie in its first pages, which others have filled.
+
+        A chunk that is only partly there is computed as a whole, with the same rows in the same
+        program as without sharing. What it writes into shared pages is what is there already.
+        """
+        task.shared = pages
+        start = pages * self.pages.page_size // self.largest * self.largest
+        while start % self.pages.page_size:
+            start -= self.largest
+        task.prefilled = task.reused = start
 
     def next_chunks(self, rows: int) -> tuple[int, list[Task]]:
         """Chunk length and sequences of the next prefill pass; ``(0, [])`` if none is needed.
@@ -217,18 +231,18 @@ class Scheduler:
             size = self.pages.page_size
             if not task.started:
                 prefix = cache.match(task.keys)
-                if len(prefix) * size > task.prefilled:
+                if len(prefix) > task.shared:
                     self.pages.share(task.slot, prefix)
                     self.table_changed = True
-                    task.prefilled = task.reused = len(prefix) * size
-            have = task.prefilled // size
+                    self._take_over(task, len(prefix))
+            have = task.shared if not task.started else task.prefilled // size
             place = (have, *task.keys[have : have + 1])
             ahead = next_pages.setdefault(place, task)
             if ahead is not task and not task.started and have < len(task.keys):
                 pairs = itertools.takewhile(
                     lambda p: p[0] == p[1], zip(ahead.keys, task.keys, strict=False)
                 )
-                gain = (len(list(pairs)) - have) * size
+                gain = len(list(pairs)) * size // self.largest * self.largest - task.prefilled
                 if 2 * gain >= len(task.request.prompt) - task.prefilled:
                     continue
             ready.append(task)
