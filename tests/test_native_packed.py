@@ -22,6 +22,7 @@ from qjax.checkpoints.hf import load_model
 from qjax.checkpoints.layout import Leaf
 from qjax.checkpoints.native import MANIFEST, load_native, save_native
 from qjax.models.config import ModelConfig
+from qjax.models.fusion import fuse_unsupported_reason
 from qjax.models.sharding import leaf_spec, shard_params
 from qjax.ops.packed import PackedWeight, pack_for_mosaic, pack_tree, unpack_tree
 from qjax.ops.packed_w8a8 import PackedW8A8
@@ -44,6 +45,7 @@ FORMATS = {
     "v_proj": formats.INT8_CHANNEL,
     "o_proj": formats.INT4_G128.replace(scale_dtype="bfloat16"),
     "gate_proj": formats.W8A8_INT8,
+    "down_proj": formats.INT4_G128.replace(activation=formats.INT8_PER_TOKEN),
     "up_proj": formats.INT4_G64,  # stays as it is: not packed below
 }
 UP = "model/layers_0/mlp/up_proj/kernel"
@@ -81,13 +83,22 @@ def layer(params: dict[str, Any]) -> dict[str, Any]:
 def test_bits_are_kept(params: dict[str, Any], saved: pathlib.Path) -> None:
     model = load_model(saved, progress=False)
     assert json.loads((saved / MANIFEST).read_text())["version"] == 2
-    for block, name in (("self_attn", "o_proj"), ("self_attn", "q_proj"), ("mlp", "gate_proj")):
+    for block, name in (
+        ("self_attn", "o_proj"),
+        ("self_attn", "q_proj"),
+        ("mlp", "gate_proj"),
+        ("mlp", "down_proj"),
+    ):
         have, want = layer(model.params)[block][name], layer(params)[block][name]
         kind = PackedW8A8 if name == "gate_proj" else PackedWeight
         assert type(have["kernel"]) is kind
         assert_same_tree(have, want)
         assert_same_tree(have["kernel"].unpack(), want["kernel"].unpack())
     assert_same_tree(layer(model.params)["mlp"]["up_proj"], layer(params)["mlp"]["up_proj"])
+    # Serving such a model leaves its projections apart.
+    attention = layer(model.params)["self_attn"]
+    reason = fuse_unsupported_reason([attention["q_proj"]["kernel"]] * 2)
+    assert reason == "they are packed already"
     unpacked = unpack_tree(model.params)
     assert not any(isinstance(x, PackedWeight) for x in layer(unpacked)["self_attn"].values())
     assert_same_tree(pack_tree(layer(unpacked)["self_attn"]), layer(params)["self_attn"])
@@ -173,4 +184,4 @@ def test_the_version_counts_changes_of_the_layout() -> None:
                 if array is not None:
                     digest.update(np.asarray(array).tobytes())
     assert PACKING_VERSION == 1
-    assert digest.hexdigest()[:16] == "e6e92a27feae762b"
+    assert digest.hexdigest()[:16] == "e9d9ab61d5ecbfa8"

@@ -53,7 +53,7 @@ def describe(value: Any) -> dict[str, Any]:
     if is_packed(value):
         entry["packing"] = {
             "version": PACKING_VERSION,
-            "layout": _layout_of(value.fmt),
+            "layout": next(name for name, kind in _LAYOUTS.items() if type(value) is kind),
             "tiles": list(value.tiles),
             "scale_dtype": str(jnp.dtype(value.scale_dtype)),
             "compute": value.compute,
@@ -85,10 +85,6 @@ def abstract(entry: Mapping[str, Any]) -> Any:
     return QuantizedArray.make(fields["qvalue"], fields["scale"], fmt, dtype=dtype, **rest)
 
 
-def _layout_of(fmt: QuantFormat) -> str:
-    return "weight_only" if fmt.activation is None else "w8a8"
-
-
 def _packed(
     packing: Mapping[str, Any], fields: Mapping[str, Any], fmt: QuantFormat, dtype: str
 ) -> PackedWeight:
@@ -97,11 +93,8 @@ def _packed(
             f"layout version {packing['version']!r} of packed weights; this qjax has version "
             f"{PACKING_VERSION}"
         )
-    layout = packing["layout"]
-    if layout != _layout_of(fmt):
-        raise ValueError(f"{layout=!r} is not how {fmt.name} is packed, {_layout_of(fmt)!r}")
     arrays: dict[str, Any] = {name: fields.get(name) for name in _PACKED_FIELDS}
-    value = _LAYOUTS[layout](
+    value = _LAYOUTS[packing["layout"]](
         **arrays,
         fmt=fmt,
         tiles=tuple(int(tile) for tile in packing["tiles"]),
@@ -111,7 +104,8 @@ def _packed(
     )
 
     def again(packed: PackedWeight) -> PackedWeight:
-        compute = None if layout == "w8a8" else packed.compute
+        # Weights for 8-bit activations are packed in one way only.
+        compute = packed.compute if fmt.activation is None else None
         return pack_for_mosaic(packed.unpack(), compute=compute)
 
     # Only a weight that comes from packing has this form: no other check is as complete.

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from qjax.ops.packed import PackedWeight
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Params
 
@@ -27,6 +28,8 @@ def fuse_unsupported_reason(kernels: list[Any]) -> str | None:
     first = kernels[0]
     if any(type(kernel) is not type(first) for kernel in kernels):
         return "some are quantized and some are not"
+    if isinstance(first, PackedWeight):
+        return "they are packed already"
     if not isinstance(first, QuantizedArray):
         same = all(kernel.dtype == first.dtype for kernel in kernels)
         return None if same else "their types differ"
