@@ -18,6 +18,7 @@ from qjax.pallas_kernels.w8a8 import (
     Problem,
     out_buffers,
     padded_steps,
+    scale_columns,
     tile_counts,
 )
 from qjax.typing import Array
@@ -138,12 +139,12 @@ def _scratch_types(
     }
     if problem.blocks:
         tokens, features = (columns, rows) if config.swap else (rows, columns)
-        scratch["x_scale_smem"] = plgpu.SMEM((stages, max(tokens, 32)), jnp.float32)
+        scratch["x_scale_smem"] = plgpu.SMEM((stages, scale_columns(tokens)), jnp.float32)
         blocks = (2, features // 128, padded_steps(problem.k))
         scratch["w_scale_smem"] = plgpu.SMEM(blocks, jnp.float32)
     else:
         scratch["a_scale_smem"] = plgpu.SMEM((2, rows), jnp.float32)
-        scratch["b_scale_smem"] = plgpu.SMEM((2, max(columns, 32)), jnp.float32)
+        scratch["b_scale_smem"] = plgpu.SMEM((2, scale_columns(columns)), jnp.float32)
     return scratch
 
 
@@ -201,7 +202,7 @@ def _load_tile(
         a_scale, b_scale = (gmem["x_scale" if name == "x" else "w_scale"] for name in names)
         source = a_scale.at[pl.ds(tile.row, rows)]
         plgpu.copy_gmem_to_smem(source, scratch["a_scale_smem"].at[buffer], ready)
-        source = b_scale.at[pl.ds(tile.column, max(columns, 32))]
+        source = b_scale.at[pl.ds(tile.column, scale_columns(columns))]
         plgpu.copy_gmem_to_smem(source, scratch["b_scale_smem"].at[buffer], ready)
 
     @pl.loop(0, steps)
@@ -218,7 +219,7 @@ def _load_tile(
         source = b.at[pl.ds(tile.column, columns), part]
         plgpu.copy_gmem_to_smem(source, scratch["b_smem"].at[slot], ready)
         if problem.blocks:
-            source = gmem["x_scale"].at[at, pl.ds(tokens_at, max(tokens, 32))]
+            source = gmem["x_scale"].at[at, pl.ds(tokens_at, scale_columns(tokens))]
             plgpu.copy_gmem_to_smem(source, scratch["x_scale_smem"].at[slot], ready)
 
 

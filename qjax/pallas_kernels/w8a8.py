@@ -182,6 +182,11 @@ def _out_chunk(config: Config, p: Problem) -> tuple[int, int]:
     return config.rows * config.chunk * itemsize, config.columns // config.chunk
 
 
+def scale_columns(columns: int) -> int:
+    """Scales copied for so many columns: copies by TMA begin at multiples of 128 bytes."""
+    return -(-columns // 32) * 32
+
+
 def _operand_bytes(config: Config, p: Problem) -> int:
     rows = WARPGROUPS * config.rows
     buffers = [
@@ -193,15 +198,15 @@ def _operand_bytes(config: Config, p: Problem) -> int:
         tokens = config.columns if config.swap else rows
         features = rows if config.swap else config.columns
         blocks = max(1, features // 128)
-        buffers += [config.stages * max(tokens, 32) * 4, 2 * blocks * padded_steps(p.k) * 4]
+        buffers += [config.stages * scale_columns(tokens) * 4, 2 * blocks * padded_steps(p.k) * 4]
     else:
-        buffers += [2 * rows * 4, 2 * max(config.columns, 32) * 4]
+        buffers += [2 * rows * 4, 2 * scale_columns(config.columns) * 4]
     return sum(map(_align, buffers))
 
 
 def padded_steps(k: int) -> int:
-    """Columns of the weight's block scales: a box of TMA has a multiple of 128 bytes."""
-    return -(-(k // BLOCK_K) // 32) * 32
+    """Columns of the weight's block scales, padded likewise."""
+    return scale_columns(k // BLOCK_K)
 
 
 def smem_bytes(config: Config, p: Problem) -> int:
@@ -378,11 +383,11 @@ def matmul(
     from qjax.pallas_kernels import _w8a8_body
 
     # A box of TMA may reach over an edge but not be larger than the matrix, which has whole tiles
-    # of 8 rows. That of the scales has at least 32 numbers.
+    # of 8 rows.
     tokens = config.columns if config.swap else WARPGROUPS * config.rows
     rows = -(-max(m, tokens) // 8) * 8
     x = jnp.pad(x, ((0, rows - m), (0, 0)))
-    scales = max(rows, 32)
+    scales = max(rows, scale_columns(tokens))
     x_scale = jnp.pad(x_scale, (*((0, 0),) * (x_scale.ndim - 1), (0, scales - m)))
     if problem.blocks:
         w_scale = jnp.pad(w_scale, ((0, 0), (0, padded_steps(k) - k // BLOCK_K)))
