@@ -137,7 +137,9 @@ def fake_quantize(x: Array, fmt: QuantFormat, *, axis: int = -2) -> Array:
     References:
       Bengio et al., arXiv:1308.3432.
     """
-    rounded = quantize(jax.lax.stop_gradient(x), fmt, axis=axis).dequantize(x.dtype)
+    codes = quantize(jax.lax.stop_gradient(x), fmt, axis=axis)
+    # XLA for GPUs drops a conversion to fp8 and back as excess precision, the rounding with it.
+    rounded = jax.lax.optimization_barrier(codes).dequantize(x.dtype)
     # x + stop_gradient(rounded - x) would round twice in bf16; this form returns `rounded` exactly.
     return _straight_through(x, rounded)
 

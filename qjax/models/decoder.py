@@ -241,7 +241,8 @@ class Decoder(nn.Module):
         )
         x, table, cache = backbone(tokens, positions, cache, slots, valid, logits_at)
         if c.tie_word_embeddings:
-            logits = quantized_dot(x, table.T, out_dtype=jnp.float32, backend=self.dot_backend)
+            # By XLA, which reads the table transposed; a kernel would need a transposed copy.
+            logits = quantized_dot(x, table.T, out_dtype=jnp.float32, backend="xla")
         else:
             head = QuantDense(
                 c.vocab_size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+
 BACKENDS = ("xla", "mosaic_gpu")
 
 
@@ -10,7 +12,8 @@ def choose_backend(op: str, backend: str | None, mosaic_gpu_reason: str | None) 
 
     Args:
       op: Name of the op, for messages.
-      backend: What the caller asked for; None chooses the fastest supported one.
+      backend: What the caller asked for; None chooses the fastest supported one. In a process with
+        several devices that is XLA, which can divide its own ops between them and not the kernels.
       mosaic_gpu_reason: Why the Mosaic GPU kernel cannot run on these arguments; None if it can.
 
     Returns:
@@ -21,7 +24,8 @@ def choose_backend(op: str, backend: str | None, mosaic_gpu_reason: str | None) 
       NotImplementedError: If the named backend cannot run; the message holds the reason.
     """
     if backend is None:
-        return "xla" if mosaic_gpu_reason is not None else "mosaic_gpu"
+        alone = jax.local_device_count() == 1
+        return "mosaic_gpu" if mosaic_gpu_reason is None and alone else "xla"
     if backend not in BACKENDS:
         raise ValueError(f"unknown {backend=}; choose one of {BACKENDS} or None for automatic")
     if backend == "mosaic_gpu" and mosaic_gpu_reason is not None:

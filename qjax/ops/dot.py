@@ -12,10 +12,13 @@ import math
 import jax
 import jax.numpy as jnp
 
+from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles
 from qjax.ops._dispatch import choose_backend
+from qjax.ops._plain import plain_by_kernel
 from qjax.ops.packed import PackedWeight, packed_dot, packed_unsupported_reason
+from qjax.pallas_kernels import plain
 from qjax.quantize import quantize
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array, DType
@@ -29,7 +32,10 @@ def unsupported_reason(x: Array, w: Array | QuantizedArray | PackedWeight) -> st
         return packed_unsupported_reason(x, w)
     if isinstance(w, QuantizedArray):
         return "the kernels take packed weights; pack it first with qjax.pack_for_mosaic"
-    return "there is no kernel for plain weights"
+    if w.dtype != x.dtype:
+        return f"{x.dtype} activations and a {w.dtype} weight; the kernel takes one type"
+    m = math.prod(x.shape[:-1])
+    return plain.unsupported_reason(m, *w.shape, x.dtype) or mosaic_gpu_unsupported_reason()
 
 
 def quantized_dot(
@@ -53,8 +59,9 @@ def quantized_dot(
       out_dtype: Result type; ``x.dtype`` by default.
       keep_splits: Return partial sums over parts of ``k`` if there are any, for an op that adds
         them on the way (``add_rms_norm``).
-      backend: ``"xla"``, ``"mosaic_gpu"``, or None: the kernels for packed weights where they can
-        run (``unsupported_reason`` says why not), XLA for all else.
+      backend: ``"xla"``, ``"mosaic_gpu"``, or None: the kernels for packed weights, and for few
+        rows of plain 16-bit ones, where they can run (``unsupported_reason`` says why not); XLA for
+        all else.
 
     Returns:
       ``(..., n)`` in ``out_dtype``. With ``keep_splits`` ``(s, ..., n)``, to be summed over ``s``:
@@ -75,9 +82,12 @@ def quantized_dot(
     if not isinstance(w, QuantizedArray | PackedWeight):
         if activation_format is not None:
             raise ValueError(f"{activation_format.name} activations need a quantized weight")
+        w = w.astype(x.dtype)
+        if choose_backend("quantized_dot", backend, unsupported_reason(x, w)) == "mosaic_gpu":
+            return plain_by_kernel(x, w, out_dtype=out_dtype, keep_splits=keep_splits)
         # In float32 autodiff's own rules are as good, and forward mode works too.
         dot = _dot if x.dtype.itemsize > 2 else _dot_16bit
-        out = dot(x, w.astype(x.dtype)).astype(out_dtype)
+        out = dot(x, w).astype(out_dtype)
         return out[None] if keep_splits else out
     chosen = choose_backend("quantized_dot", backend, unsupported_reason(x, w))
     if isinstance(w, PackedWeight):
@@ -184,7 +194,8 @@ def _quantized_activations(x: Array, w: QuantizedArray, fmt: QuantFormat) -> Arr
             )
         scale = w.act_scale.astype(_F32).reshape(1, 1)
     with jax.named_scope("quantize_activations"):
-        xq = quantize(x, fmt, axis=-1, scale=scale)
+        # XLA may drop a conversion to fp8 and back, which would leave activations unquantized.
+        xq = jax.lax.optimization_barrier(quantize(x, fmt, axis=-1, scale=scale))
     narrow = fmt.storage_dtype
     codes = (
         w.qvalue if w.qvalue.dtype.itemsize == 1 and w.fmt.bits == 8 else w.qvalue.astype(narrow)

@@ -89,7 +89,7 @@ def call(
                 # Unpacking leaves a constant power of two: 16-bit floats have no room for it.
                 _, rest = _codes.constant_multiplier(kind, compute.name)
                 acc = acc * jnp.float32(2.0**-rest)
-            _store(acc, gmem, scratch["out_smem"].at[warpgroup], warpgroup, config, out_type.dtype)
+            store(acc, gmem, scratch["out_smem"].at[warpgroup], warpgroup, config, out_type.dtype)
 
         @pl.when(warpgroup == warpgroups)
         def _memory() -> None:
@@ -112,7 +112,7 @@ def call(
                 if groups:
                     source = gmem["scales"].at[pl.ds(at * groups, groups)]
                     copy(source.at[:, :, pl.ds(tile * columns, columns)], "scales_smem")
-                x_rows = _all_rows(i, rows)
+                x_rows = all_rows(i, rows)
                 copy(gmem["x"].at[x_rows, pl.ds(at * _BLOCK_K, _BLOCK_K)], "x_smem")
 
             # No barrier is left with an arrival that nobody saw.
@@ -126,10 +126,10 @@ def call(
         "x_smem": plgpu.SMEM(
             (stages, rows, _BLOCK_K),
             compute,
-            transforms=_transforms(compute, swizzle=64 if groups == 4 else 128),
+            transforms=transforms(compute, swizzle=64 if groups == 4 else 128),
         ),
         "out_smem": plgpu.SMEM(
-            (warpgroups, rows, _BLOCK_N), out_type.dtype, transforms=_transforms(out_type.dtype)
+            (warpgroups, rows, _BLOCK_N), out_type.dtype, transforms=transforms(out_type.dtype)
         ),
         "ready": plgpu.Barrier(num_arrivals=3 if groups else 2, num_barriers=stages),
         "consumed": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
@@ -157,7 +157,7 @@ def call(
     return run(*operands.values())
 
 
-def _all_rows(index: Array, rows: int) -> Any:
+def all_rows(index: Array, rows: int) -> Any:
     """Rows 0 to ``rows``, which may be more than there are.
 
     The start is not known at compile time to be zero, so nothing but TMA compares it with the
@@ -166,7 +166,7 @@ def _all_rows(index: Array, rows: int) -> Any:
     return pl.ds(pl.multiple_of(lax.min(index, jnp.int32(0)), 8), rows)
 
 
-def _transforms(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:
+def transforms(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:
     """Tiles and swizzle, as ``wgmma`` and the transposed store want them."""
     columns = swizzle // jnp.dtype(dtype).itemsize
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
@@ -241,7 +241,7 @@ def _accumulate(
             return total
 
         def finish(slot: Array) -> None:
-            _finish(scratch, slot, interpret)
+            finish(scratch, slot, interpret)
 
         def step(i: Array, total: Any) -> Any:
             slot = lax.rem(i, stages)
@@ -291,7 +291,7 @@ def _in_pairs(overlapped: Callable[[Array, Any], Any], steps: int, carry: Any) -
     return overlapped(jnp.int32(steps - 2), lax.fori_loop(0, steps // 2 - 1, pair, carry))
 
 
-def _finish(scratch: dict[str, Any], slot: Array, interpret: bool) -> None:
+def finish(scratch: dict[str, Any], slot: Array, interpret: bool) -> None:
     """Wait for the products that read a slot, and hand it back to the memory warpgroup."""
     if interpret:
         # The interpreter wants a proxy fence between a read of a slot and the next copy into it. On
@@ -349,7 +349,7 @@ def _accumulate_groups(
         weights, scales = load(i)
         for first in range(0, groups, together):
             last = first + together == groups
-            then = functools.partial(_finish, scratch, slot, interpret) if last else lambda: None
+            then = functools.partial(finish, scratch, slot, interpret) if last else lambda: None
             parts, _ = sums(weights, slot, first, then)
             total = add(total, parts, scales[first : first + together])
         return total
@@ -360,7 +360,7 @@ def _accumulate_groups(
 
         def then() -> Any:
             following = load(i + 1)
-            _finish(scratch, slot, interpret)
+            finish(scratch, slot, interpret)
             return following
 
         parts, following = sums(weights, slot, 0, then)
@@ -373,19 +373,20 @@ def _accumulate_groups(
         return lax.fori_loop(0, steps, step, total)
     (weights, scales), total = _in_pairs(overlapped, steps, (load(jnp.int32(0)), total))
     slot = jnp.int32((steps - 1) % config.stages)
-    parts, _ = sums(weights, slot, 0, functools.partial(_finish, scratch, slot, interpret))
+    parts, _ = sums(weights, slot, 0, functools.partial(finish, scratch, slot, interpret))
     return add(total, parts, scales)
 
 
-def _store(
+def store(
     acc: Array, gmem: dict[str, Any], out_smem: Any, warpgroup: Array, config: Config, dtype: Any
 ) -> None:
     """Scale, transpose and copy one warpgroup's ``(64, rows)`` to the output."""
     feature = (lax.axis_index("n") * config.warpgroups + warpgroup) * _BLOCK_N
     features = pl.ds(feature, _BLOCK_N)
     layout = plgpu.Layout.WGMMA
-    column = plgpu.load(gmem["column"].at[features], layout=layout.reduce(1), optimized=False)
-    acc = acc * lax.broadcast_in_dim(column, acc.shape, [0])
+    if "column" in gmem:
+        column = plgpu.load(gmem["column"].at[features], layout=layout.reduce(1), optimized=False)
+        acc = acc * lax.broadcast_in_dim(column, acc.shape, [0])
     if "row_scale" in gmem:
         row = plgpu.load(gmem["row_scale"], layout=layout.reduce(0), optimized=False)
         acc = acc * lax.broadcast_in_dim(row, acc.shape, [1])
@@ -394,6 +395,6 @@ def _store(
     out = gmem["out"]
     if config.splits > 1:
         out = out.at[lax.axis_index("split")]
-    rows = _all_rows(lax.axis_index("n"), acc.shape[1])
+    rows = all_rows(lax.axis_index("n"), acc.shape[1])
     plgpu.copy_smem_to_gmem(out_smem, out.at[rows, features])
     plgpu.wait_smem_to_gmem(0)

@@ -47,7 +47,7 @@ SHARED_MEMORY_BYTES = 232448
 """Largest shared memory of one CTA on sm_90."""
 _ROWS = (8, 16, 32, 64)
 _MEMORY_REGISTERS = 40
-_SM_COUNT = 132
+SM_COUNT = 132
 # How well CTAs of 1 to 4 compute warpgroups use a multiprocessor: more of them share one copy of
 # the activations and one memory warpgroup. A guess that ranks configs, to be replaced by a table.
 _EFFICIENCY = {1: 0.8, 2: 0.94, 3: 0.97, 4: 1.0}
@@ -229,9 +229,9 @@ def heuristic_config(p: Problem) -> Config:
     def rank(choice: tuple[int, int]) -> tuple[float, int]:
         warpgroups, splits = choice
         ctas = tiles // warpgroups * splits
-        waves = -(-ctas // _SM_COUNT)
+        waves = -(-ctas // SM_COUNT)
         # All multiprocessors busy to the end; of equals, fewer partial sums.
-        return _EFFICIENCY[warpgroups] * ctas / (waves * _SM_COUNT), -splits
+        return _EFFICIENCY[warpgroups] * ctas / (waves * SM_COUNT), -splits
 
     # Splits only fill multiprocessors that would idle: beyond one CTA for each they cost more in
     # partial sums than they win in balance. Shorter than eight steps, a split is mostly filling
@@ -242,7 +242,7 @@ def heuristic_config(p: Problem) -> Config:
         for splits in range(1, 17)
         if tiles % warpgroups == 0
         and steps % splits == 0
-        and (splits == 1 or steps // splits >= 8 and tiles // warpgroups * splits <= _SM_COUNT)
+        and (splits == 1 or steps // splits >= 8 and tiles // warpgroups * splits <= SM_COUNT)
     ]
     warpgroups, splits = max(choices, key=rank)
     # Eight-bit weights wait for memory alone; with four bits the arithmetic takes as long, and

@@ -29,13 +29,15 @@ WEIGHTS: dict[str, tuple[QuantFormat, str, float]] = {
     "int4_g32_asym": (qjax.INT4_G32_ASYM, "float16", tolerances.F16_ZERO_POINTS),
     "int4_channel": (qjax.INT4_CHANNEL, "float16", tolerances.F32_SUM_GPU),
     "int4_channel_asym": (qjax.INT4_CHANNEL_ASYM, "float16", tolerances.F16_ZERO_POINTS),
-    "int4_g128_bf16": (qjax.INT4_G128, "bfloat16", tolerances.BF16_WEIGHTS),
+    "int4_g128_bf16": (qjax.INT4_G128, "bfloat16", tolerances.F32_SUM_GPU),
+    "int4_g64_bf16": (qjax.INT4_G64, "bfloat16", tolerances.F32_SUM_GPU),
+    "int4_g32_asym_bf16": (qjax.INT4_G32_ASYM, "bfloat16", tolerances.F32_SUM_GPU),
     "int8_channel": (qjax.INT8_CHANNEL, "float16", tolerances.F32_SUM_GPU),
     "int8_tensor": (qjax.INT8_TENSOR, "float16", tolerances.F32_SUM_GPU),
     "int8_g128": (qjax.INT8_G128, "float16", tolerances.F16_WEIGHTS),
     "e4m3_channel": (qjax.FP8_E4M3_CHANNEL, "float16", tolerances.F32_SUM_GPU),
     "e4m3_block128": (qjax.FP8_E4M3_BLOCK128, "float16", tolerances.F16_WEIGHTS),
-    "e4m3_block128_bf16": (qjax.FP8_E4M3_BLOCK128, "bfloat16", tolerances.BF16_WEIGHTS),
+    "e4m3_block128_bf16": (qjax.FP8_E4M3_BLOCK128, "bfloat16", tolerances.F32_SUM_GPU),
     "e5m2_channel": (qjax.FP8_E5M2_CHANNEL, "float16", tolerances.F32_SUM_GPU),
     "e5m2_block128": (qjax.FP8_E5M2_BLOCK128, "float16", tolerances.F16_WEIGHTS),
 }
@@ -43,7 +45,8 @@ WEIGHTS: dict[str, tuple[QuantFormat, str, float]] = {
 CONFIGS = {
     "wg1": Config(1, 4),
     "wg2_splits": Config(2, 4, 2),
-    "wg3_deep": Config(3, 12),
+    "wg1_deep": Config(1, 12),
+    "wg3": Config(3, 3),
     "wg4_pipelined": Config(4, 4, 1, True, 104),
     "wg4_pipelined_splits": Config(4, 2, 4, True, 104),
 }
@@ -132,8 +135,6 @@ def test_quantized_dot_chooses_the_kernel(rng: np.random.Generator) -> None:
     assert "mosaic_gpu" in jax.jit(qjax.quantized_dot).lower(x, w).as_text()
     out = qjax.quantized_dot(x, w, backend="mosaic_gpu")
     assert (out == qjax.quantized_dot(x, w)).all()
-    many = jnp.tile(x, (20, 1))
-    assert "mosaic_gpu" not in jax.jit(qjax.quantized_dot).lower(many, w).as_text()
 
 
 def test_inside_a_loop(rng: np.random.Generator) -> None:
