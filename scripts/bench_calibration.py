@@ -14,14 +14,15 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from qjax._device import device_info
+from qjax._device import device_info, prefer_quick_compilation
 from qjax.calibrate.clock import PhaseClock
 from qjax.calibrate.run import calibrate_checkpoint
 from qjax.calibrate.settings import METHODS, Settings
@@ -69,12 +70,25 @@ def compile_seconds() -> dict[str, float]:
     }
     spent = dict.fromkeys(names.values(), 0.0)
 
-    def listener(event: str, duration: float, **_: Any) -> None:
+    def listener(event: str, duration_secs: float, **kwargs: Any) -> None:
         if event in names:
-            spent[names[event]] += duration
+            spent[names[event]] += duration_secs
+        if names.get(event) == "compiling" and duration_secs > 1:
+            print(f"compiled {kwargs.get('fun_name')} in {duration_secs:.1f} s", file=sys.stderr)
 
     jax.monitoring.register_event_duration_secs_listener(listener)
     return spent
+
+
+class TalkingClock(PhaseClock):
+    """Prints the phases of every block, so that a run that is cut short has told something."""
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        with super().block():
+            yield
+        phases = ", ".join(f"{name} {s:.2f}" for name, s in self.blocks[-1].items())
+        print(f"block {len(self.blocks)}: {phases}", file=sys.stderr, flush=True)
 
 
 def extrapolate(clock: PhaseClock, layers: int) -> tuple[float, dict[str, float]]:
@@ -98,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.layers < 2:
         print(f"error: --layers {args.layers} must be at least 2: the first compiles")
         return 2
+    prefer_quick_compilation()
     if args.time_limit is not None:
         faulthandler.dump_traceback_later(args.time_limit, exit=True)
     spent = compile_seconds()
@@ -116,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         correction=None if args.no_correction else 0.1,
     )
     with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
-        source, clock = Path(work) / "model", PhaseClock()
+        source, clock = Path(work) / "model", TalkingClock()
         write_model(source, config)
         tokens = np.random.default_rng(0).integers(
             0, config.vocab_size, (args.samples, args.seq_len), np.int32
@@ -129,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings,
             (tokens, np.ones(tokens.shape, bool)),
             batch_tokens=args.batch_tokens,
+            progress=False,
             clock=clock,
         )
         wall = time.perf_counter() - started

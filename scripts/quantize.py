@@ -1,4 +1,4 @@
-"""Quantize a checkpoint with calibration: GPTQ, AWQ, SmoothQuant or round to nearest."""
+"""Quantize a checkpoint with calibration: GPTQ, AWQ, SmoothQuant, AutoRound and combinations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from qjax._device import prefer_quick_compilation
 from qjax.calibrate.run import EXPORTS, calibrate_checkpoint
 from qjax.calibrate.settings import METHODS, Settings
 from qjax.calibrate.text import read_documents, sample_tokens
@@ -20,9 +21,13 @@ KV_DTYPES = {"none": None, "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2
 EPILOG = """\
 methods
   rtn               round to nearest; needs no text
-  gptq              GPTQ with searched scales, then coordinate descent; the best for INT4
+  gptq              GPTQ with searched scales, then coordinate descent
+  gptq+scales       the same, then scales learned by gradients over each block; the best for INT4
   awq               channel scaling and clipping
   awq+gptq          channel scaling, then GPTQ; for models with strong outlier channels
+  awq+gptq+scales   and then learned scales
+  autoround         roundings and scales learned by gradients over each block, then coordinate
+                    descent; takes several times as long as gptq
   smoothquant       for w8a8_*: moves outliers of the activations into the weights
   smoothquant+gptq  the same, then GPTQ
 
@@ -106,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-tokens", type=int, default=8192, help="per forward pass; default: %(default)s")
     add("--damping", type=float, default=0.01, help="GPTQ; default: %(default)s")
     add("--sweeps", type=int, default=4, help="coordinate descent sweeps; default: %(default)s")
+    add("--steps", type=int, default=200, help="updates of learning; default: %(default)s")
     add(
         "--correction",
         type=float,
@@ -153,6 +159,7 @@ def parse_settings(args: argparse.Namespace) -> Settings:
         rules=tuple(rules),
         damping=args.damping,
         sweeps=args.sweeps,
+        steps=args.steps,
         correction=args.correction or None,
         target_bits=args.target_bits,
         candidates=tuple(candidates),
@@ -165,6 +172,7 @@ def parse_settings(args: argparse.Namespace) -> Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     args = build_parser().parse_args(argv)
+    prefer_quick_compilation()
     started = time.monotonic()
     try:
         settings = parse_settings(args)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibrate.clock import PhaseClock
+from qjax.calibrate.learn import Learned, learn_block
 from qjax.calibrate.linears import (
     GROUPS,
     Batch,
@@ -46,8 +48,9 @@ class LayerResult:
       format: Name of the format, or None where it was left alone.
       error_rtn: Relative output error that rounding to nearest would have on the same activations;
         None if not measured.
-      error: Relative output error of what was chosen. With a correction both are against the
-        original model's outputs. Rounding of activations (W8A8) is in neither.
+      error: Relative output error of what was chosen, before its scales were learned if they
+        are. With a correction both are against the original model's outputs. Rounding of
+        activations (W8A8) is in neither.
       damping: Used by GPTQ, 0 for other methods.
       tokens: Calibration tokens seen.
       dead: Input channels that were never active.
@@ -64,6 +67,21 @@ class LayerResult:
     note: str = ""
 
 
+class BlockQuantized(NamedTuple):
+    """A quantized block.
+
+    Attributes:
+      params: Parameters with ``QuantizedArray`` kernels.
+      layers: One result for each linear layer.
+      learned: Relative errors of the block's output, for each stage of learning one pair from
+        before it and behind it; empty if nothing was learned.
+    """
+
+    params: Tree
+    layers: list[LayerResult]
+    learned: list[tuple[float, float]]
+
+
 def quantize_block(
     module: DecoderLayer,
     params: Tree,
@@ -73,7 +91,7 @@ def quantize_block(
     *,
     prefix: str = "",
     clock: PhaseClock | None = None,
-) -> tuple[Tree, list[LayerResult]]:
+) -> BlockQuantized:
     """Quantize the linear layers of one block.
 
     Args:
@@ -85,10 +103,6 @@ def quantize_block(
       settings: The method and its options.
       prefix: Put before paths in the results.
       clock: Is told where the time goes.
-
-    Returns:
-      ``(params, results)``: parameters with ``QuantizedArray`` kernels, and one result for each
-      linear layer.
     """
     clock = PhaseClock() if clock is None else clock
     original = params
@@ -98,6 +112,26 @@ def quantize_block(
             params, factors = scale_channels(module, params, batches, formats, settings)
             clock.wait(params)
     scaled = params
+    learned: list[tuple[float, float]] = []
+
+    def learn(start: Tree, paths: list[str], steps: int, *, offsets: bool) -> Tree:
+        with clock.phase("learning"):
+            found: Learned = learn_block(
+                module, scaled, start, batches, paths, steps=steps, offsets=offsets
+            )
+        learned.append((found.before, found.after))
+        return found.params
+
+    chosen_paths = [p for g in GROUPS for m in g.members if formats.get(p := f"{m}/kernel")]
+    starts: dict[str, QuantizedArray] = {}
+    if settings.rounding == "learned" and chosen_paths:
+        start = scaled
+        for path in chosen_paths:
+            fmt = formats[path]
+            assert fmt is not None
+            start = set_at(start, path, quantize(get_at(scaled, path), fmt, dtype=jnp.float32))
+        start = learn(start, chosen_paths, settings.steps, offsets=True)
+        starts = {path: get_at(start, path) for path in chosen_paths}
     plain = params  # here quantized kernels stand dequantized: one structure, one compilation
     teacher = scaled if settings.corrects else None
     results: list[LayerResult] = []
@@ -111,7 +145,7 @@ def quantize_block(
                 stats = collect(module, plain, teacher, batches, GROUPS)
             clock.wait(stats)
         seen = stats[group.tap]
-        rounded = _round_group(scaled, group, seen, formats, settings, clock)
+        rounded = _round_group(scaled, group, seen, formats, settings, clock, starts)
         for member, correction in zip(group.members, _split(scaled, group, seen), strict=True):
             path = f"{member}/kernel"
             fmt = formats.get(path)
@@ -150,7 +184,9 @@ def quantize_block(
             )
             plain = set_at(plain, path, chosen.astype(target.dtype))
             params = set_at(params, path, value.astype(module.dtype))
-    return params, results
+    if settings.learns_scales and chosen_paths:
+        params = learn(params, chosen_paths, settings.steps, offsets=False)
+    return BlockQuantized(params, results, learned)
 
 
 def _round_group(
@@ -160,6 +196,7 @@ def _round_group(
     formats: Formats,
     settings: Settings,
     clock: PhaseClock,
+    starts: Mapping[str, QuantizedArray],
 ) -> dict[str, tuple[QuantizedArray, float]]:
     """Quantize the members; those whose columns are independent go in one call."""
     kernels = {m: get_at(params, f"{m}/kernel").astype(jnp.float32) for m in group.members}
@@ -178,7 +215,8 @@ def _round_group(
         joint = fmt.granularity in ("channel", "group")
         for part in [names] if joint else [[name] for name in names]:
             weight = jnp.concatenate([kernels[m] for m in part], axis=1)
-            value, damping = round_kernel(weight, stats.hessian, fmt, settings, clock)
+            start = [starts[f"{m}/kernel"] for m in part] if starts else None
+            value, damping = round_kernel(weight, stats.hessian, fmt, settings, clock, start)
             begin = 0
             for name in part:
                 end = begin + kernels[name].shape[1]
@@ -193,13 +231,22 @@ def round_kernel(
     fmt: QuantFormat,
     settings: Settings,
     clock: PhaseClock,
+    start: Sequence[QuantizedArray] | None = None,
 ) -> tuple[QuantizedArray, float]:
-    """Quantize one kernel by the rounding of the settings; also the damping used."""
+    """Quantize one kernel by the rounding of the settings; also the damping used.
+
+    Learned rounding was done before, for the whole block: ``start`` is its result, in parts along
+    the columns. Without it (``lm_head``) GPTQ takes its place.
+    """
     if settings.rounding == "rtn":
         return quantize(weight, fmt), 0.0
     if settings.rounding == "clip":
         with clock.phase("clipping"):
             return clock.wait(quantize_clipped(weight, stats, fmt)), 0.0
+    if start is not None:
+        with clock.phase("descent"):
+            value = _concatenate(start)
+            return clock.wait(refine(weight, value, stats, sweeps=settings.sweeps)), 0.0
     with clock.phase("gptq"):
         value, info = gptq_quantize(
             weight,
@@ -297,6 +344,19 @@ def _columns(value: QuantizedArray, begin: int, end: int) -> QuantizedArray:
         qvalue=value.qvalue[:, begin:end],
         scale=value.scale[:, begin:end],
         zero_point=None if zero_point is None else zero_point[:, begin:end],
+    )
+
+
+def _concatenate(values: Sequence[QuantizedArray]) -> QuantizedArray:
+    """Side by side; all of one format with independent columns, or only one."""
+    if len(values) == 1:
+        return values[0]
+    zeros = [x.zero_point for x in values if x.zero_point is not None]
+    return dataclasses.replace(
+        values[0],
+        qvalue=jnp.concatenate([x.qvalue for x in values], axis=1),
+        scale=jnp.concatenate([x.scale for x in values], axis=1),
+        zero_point=jnp.concatenate(zeros, axis=1) if zeros else None,
     )
 
 

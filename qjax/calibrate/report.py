@@ -26,6 +26,8 @@ class Report:
       samples: Calibration sequences.
       tokens: Tokens in them.
       layers: One entry for each linear layer.
+      learned: Of each block, the relative error of its output before and behind every stage of
+        learning; empty lists if nothing was learned.
       bytes_before: Size of the unquantized weights.
       bytes_after: Size of all weights now, with scales.
     """
@@ -36,6 +38,7 @@ class Report:
     samples: int
     tokens: int
     layers: Sequence[LayerResult]
+    learned: Sequence[Sequence[Sequence[float]]]
     bytes_before: int
     bytes_after: int
 
@@ -78,6 +81,12 @@ class Report:
                 f"| {name} | {x.format} | {x.error_rtn:.4g} | {x.error:.4g} | {share} | {damping} "
                 f"| {'; '.join(notes)} |"
             )
+        if any(self.learned):
+            lines += ["", "Relative error of the block's output before and behind learning:", ""]
+            lines += ["| block | stages |", "|---|---|"]
+            for index, stages in enumerate(self.learned):
+                shown = "; ".join(f"{before:.4g} to {after:.4g}" for before, after in stages)
+                lines.append(f"| {index} | {shown} |")
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> None:

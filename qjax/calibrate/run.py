@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from qjax.calibrate.block import LayerResult, quantize_block, round_kernel
+from qjax.calibrate.block import BlockQuantized, LayerResult, quantize_block, round_kernel
 from qjax.calibrate.clock import PhaseClock
 from qjax.calibrate.linears import Batch, get_at, plain_weights, run_block
 from qjax.calibrate.plan import block_sensitivities, plan_formats
@@ -90,9 +90,9 @@ def calibrate_checkpoint(
     store = BlockStore(work, run.identity())
     if settings.target_bits is not None:
         run.plan(store, progress)
-    pieces, layers, kv_scales = run.blocks(store, progress)
+    pieces, layers, learned, kv_scales = run.blocks(store, progress)
     params = run.assemble(pieces)
-    report = run.report(layers, params)
+    report = run.report(layers, learned, params)
     # Written beside the work and then renamed, so that the report is in place when the folder is.
     finished = work / "model"
     common: dict[str, Any] = {"source": run.folder, "kv_scales": kv_scales, "overwrite": True}
@@ -234,15 +234,17 @@ class _Run:
 
     def blocks(
         self, store: BlockStore, progress: bool
-    ) -> tuple[dict[str, Any], list[LayerResult], KVScales | None]:
+    ) -> tuple[dict[str, Any], list[LayerResult], list[Any], KVScales | None]:
         """Quantize all blocks, or take finished ones from the store.
 
         Returns:
-          Parameters by block, the results of all layers, and the KV cache scales if asked for.
+          Parameters by block, the results of all layers, what each block learned, and the KV cache
+          scales if asked for.
         """
         batches = self.embed() if self.samples is not None else []
         pieces: dict[str, Any] = {}
         layers: list[LayerResult] = []
+        learned: list[Any] = []
         keys, values = [], []
         label = f"{self.settings.method} {self.folder.name}"
         with tqdm(
@@ -257,6 +259,7 @@ class _Run:
                     )
                     params, record = self.piece(store, f"block-{index:05d}", f"{name}/", make)
                     layers += [LayerResult(**x) for x in record["layers"]]
+                    learned.append(record["learned"])
                     pieces[name] = params
                     if batches:
                         batches, top = self.advance(index, to_device(params), original, batches)
@@ -271,20 +274,24 @@ class _Run:
             )
             layers += [LayerResult(**x) for x in record["layers"]]
             pieces["lm_head"] = params
-        return pieces, layers, self.kv_scales(keys, values)
+        return pieces, layers, learned, self.kv_scales(keys, values)
 
     def piece(
         self,
         store: BlockStore,
         name: str,
         prefix: str,
-        make: Callable[[], tuple[dict[str, Any], list[LayerResult]]],
+        make: Callable[[], BlockQuantized],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """A finished piece; always read back, so that a resumed run sees the same arrays."""
         if not store.has(name):
-            params, results = make()
+            made = make()
+            record = {
+                "layers": [dataclasses.asdict(x) for x in made.layers],
+                "learned": made.learned,
+            }
             with self.clock.phase("storing"):
-                store.save(name, params, {"layers": [dataclasses.asdict(x) for x in results]})
+                store.save(name, made.params, record)
         formats = {
             path.removeprefix(prefix): fmt
             for path, fmt in self.formats.items()
@@ -294,7 +301,7 @@ class _Run:
 
     def quantize_block(
         self, index: int, prefix: str, params: dict[str, Any], batches: list[Batch]
-    ) -> tuple[dict[str, Any], list[LayerResult]]:
+    ) -> BlockQuantized:
         formats = {p.removeprefix(prefix): f for p, f in self.formats.items()}
         if batches:
             module = self.module(index)
@@ -310,7 +317,7 @@ class _Run:
             results.append(LayerResult(leaf.path, None if fmt is None else fmt.name))
             if fmt is not None:
                 insert(params, path, quantize(get_at(params, path), fmt, dtype=self.dtype))
-        return params, results
+        return BlockQuantized(params, results, [])
 
     def embed(self) -> list[Batch]:
         """Embedded samples in batches of one shape."""
@@ -349,14 +356,14 @@ class _Run:
             self.clock.wait(moved)
         return moved, (np.asarray(top[0]), np.asarray(top[1]))
 
-    def quantize_head(self, batches: list[Batch]) -> tuple[dict[str, Any], list[LayerResult]]:
+    def quantize_head(self, batches: list[Batch]) -> BlockQuantized:
         """The output projection, on the final norm's output."""
         fmt = self.formats[HEAD]
         assert fmt is not None
         weight = self.source.outer(HEAD, self.wide())
         if not batches:
             value = quantize(weight, fmt, dtype=self.dtype)
-            return {"kernel": value}, [LayerResult(HEAD, fmt.name)]
+            return BlockQuantized({"kernel": value}, [LayerResult(HEAD, fmt.name)], [])
         norm = RMSNorm(self.config.rms_norm_eps, self.dtype)
         variables = {"params": {"weight": self.source.outer(NORM)}}
         stats = init_hessian(weight.shape[0])
@@ -372,7 +379,7 @@ class _Run:
             damping=damping,
             tokens=int(stats.count),
         )
-        return {"kernel": value.astype(self.dtype)}, [result]
+        return BlockQuantized({"kernel": value.astype(self.dtype)}, [result], [])
 
     def kv_scales(self, keys: list[np.ndarray], values: list[np.ndarray]) -> KVScales | None:
         name = self.settings.kv_dtype
@@ -404,7 +411,7 @@ class _Run:
                 insert(params, leaf.path, self.source.outer_view(leaf.path))
         return params
 
-    def report(self, layers: list[LayerResult], params: Any) -> Report:
+    def report(self, layers: list[LayerResult], learned: list[Any], params: Any) -> Report:
         fmt = self.settings.fmt
         valid = None if self.samples is None else self.samples[1]
         return Report(
@@ -414,6 +421,7 @@ class _Run:
             samples=0 if valid is None else len(valid),
             tokens=0 if valid is None else int(valid.sum()),
             layers=layers,
+            learned=learned,
             bytes_before=self.source.nbytes,
             bytes_after=quantized_nbytes(params),
         )

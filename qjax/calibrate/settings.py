@@ -11,8 +11,11 @@ from qjax.formats import QuantFormat
 METHODS = (
     "rtn",
     "gptq",
+    "gptq+scales",
     "awq",
     "awq+gptq",
+    "awq+gptq+scales",
+    "autoround",
     "smoothquant",
     "smoothquant+gptq",
 )
@@ -28,18 +31,22 @@ class Settings:
     Attributes:
       fmt: Format of the linear layers; None only if every layer that is quantized has a rule.
       method: One of ``METHODS``. ``awq`` and ``smoothquant`` scale channels and then round to
-        nearest (AWQ with clipping); with ``+gptq`` the scaled weights go through GPTQ.
+        nearest (AWQ with clipping); with ``+gptq`` the scaled weights go through GPTQ, and with
+        ``+scales`` the scales are then learned by gradients over the whole block. ``autoround``
+        learns roundings and scales that way, then makes sweeps of coordinate descent and learns
+        the scales once more.
       rules: Pairs of a regular expression on parameter paths and a format (None: leave as it is);
         the first match wins, before ``fmt``. ``lm_head`` is left alone unless a rule names it.
       damping: GPTQ's damping.
       order: GPTQ's order of rows.
       search: GPTQ: search scales by weighted error.
-      sweeps: GPTQ: sweeps of coordinate descent afterwards.
+      sweeps: GPTQ and AutoRound: sweeps of coordinate descent afterwards.
+      steps: Updates of each stage of learning, for ``autoround`` and ``+scales``.
       sequential: Collect statistics of each group of layers anew, with the groups before it in the
         block quantized. Without it one pass per block serves all groups.
       correction: Aim at the original model's outputs instead of the layer's own, with this ridge
         (``calibration.correction``); None does not. Costs a second pass of the original block.
-        Only methods with GPTQ or AWQ use it.
+        Only ``rtn`` and ``smoothquant`` do not use it.
       target_bits: Mixed precision: bits per weight over all layers that no rule decides, scales
         included; each gets the one of ``candidates`` that its output error is worth. None gives
         ``fmt`` to all.
@@ -56,6 +63,7 @@ class Settings:
     order: str = "group"
     search: bool = True
     sweeps: int = 4
+    steps: int = 200
     sequential: bool = True
     correction: float | None = 0.1
     target_bits: float | None = None
@@ -72,6 +80,15 @@ class Settings:
             raise ValueError("target_bits and candidates go together; give both or neither")
         if self.sweeps < 0:
             raise ValueError(f"sweeps={self.sweeps} must not be negative")
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be positive")
+        if self.method == "autoround":
+            formats = (self.fmt, *(f for _, f in self.rules), *self.candidates)
+            if floats := [f.name for f in formats if f is not None and f.is_float]:
+                raise ValueError(
+                    f"autoround learns roundings to integers; {floats[0]} has none. Use gptq, or "
+                    "an integer format"
+                )
         if self.scaling == "smoothquant" and self.fmt is not None and self.fmt.activation is None:
             raise ValueError(
                 f"smoothquant is for formats that quantize activations, {self.fmt.name} does not; "
@@ -86,10 +103,17 @@ class Settings:
 
     @property
     def rounding(self) -> str:
-        """``"gptq"``, ``"clip"`` or ``"rtn"``."""
-        if self.method.endswith("gptq"):
+        """``"gptq"``, ``"learned"``, ``"clip"`` or ``"rtn"``."""
+        if self.method == "autoround":
+            return "learned"
+        if "gptq" in self.method.split("+"):
             return "gptq"
         return "clip" if self.method == "awq" else "rtn"
+
+    @property
+    def learns_scales(self) -> bool:
+        """Whether scales are learned at the end."""
+        return self.method == "autoround" or self.method.endswith("+scales")
 
     @property
     def corrects(self) -> bool:

@@ -13,6 +13,10 @@ from qjax.calibration.correction import merge_correction as merge_correction
 from qjax.calibration.correction import update_correction as update_correction
 from qjax.calibration.gptq import GPTQInfo as GPTQInfo
 from qjax.calibration.gptq import gptq_quantize as gptq_quantize
+from qjax.calibration.learned_rounding import Rounding as Rounding
+from qjax.calibration.learned_rounding import finish_rounding as finish_rounding
+from qjax.calibration.learned_rounding import init_rounding as init_rounding
+from qjax.calibration.learned_rounding import rounded as rounded
 from qjax.calibration.refine import refine as refine
 from qjax.calibration.rotation import Rotation as Rotation
 from qjax.calibration.rotation import random_hadamard as random_hadamard
