@@ -240,14 +240,11 @@ def _accumulate(
             plgpu.wgmma(accumulator, weights, scratch["x_smem"].at[slot].T)
             return total
 
-        def finish(slot: Array) -> None:
-            finish(scratch, slot, interpret)
-
         def step(i: Array, total: Any) -> Any:
             slot = lax.rem(i, stages)
             (weights,), _ = load(i)
             total = multiply(total, weights, slot)
-            finish(slot)
+            finish(scratch, slot, interpret)
             return total
 
         def overlapped(i: Array, carry: Any) -> Any:
@@ -256,7 +253,7 @@ def _accumulate(
             slot = lax.rem(i, stages)
             total = multiply(total, weights, slot)
             (following,), _ = load(i + 1)
-            finish(slot)
+            finish(scratch, slot, interpret)
             return following, total
 
         if not config.pipelined:
@@ -265,7 +262,7 @@ def _accumulate(
         weights, total = _in_pairs(overlapped, steps, (weights, total))
         slot = jnp.int32((steps - 1) % config.stages)
         total = multiply(total, weights, slot)
-        finish(slot)
+        finish(scratch, slot, interpret)
         return total
 
     if interpret:
