@@ -13,8 +13,9 @@ from qjax.ops._prefill import prefill_unsupported_reason
 from qjax.pallas_kernels import paged_decode
 from qjax.typing import Array
 
-# Whether the decode kernel runs without being asked for, where it can.
-_KERNEL_BY_DEFAULT = False
+# Whether the decode kernel runs without being asked for, where it can. Not in processes with several
+# devices: XLA cannot cut a kernel up, and would gather a cache that lies on all of them.
+_KERNEL_BY_DEFAULT = True
 # The same of cuDNN for chunks of consecutive tokens.
 _CUDNN_BY_DEFAULT = False
 
@@ -38,7 +39,7 @@ def choose_attention_backend(
             return "cudnn"
         if backend == "cudnn":
             raise NotImplementedError(f"paged_attention: cudnn cannot run here: {reason}")
-    if backend is None and not _KERNEL_BY_DEFAULT:
+    if backend is None and (not _KERNEL_BY_DEFAULT or jax.device_count() > 1):
         return "xla"
     reason = paged_attention_unsupported_reason(q, cache, layer)
     return choose_backend("paged_attention", backend, reason)

@@ -24,8 +24,7 @@ _I32 = jnp.int32
 def call(
     tile: Tile,
     queries: Array,
-    spans: Array,
-    table: Array,
+    plan: Array,
     keys: Array,
     values: Array,
     key_scales: Array | None,
@@ -41,8 +40,8 @@ def call(
     Args:
       tile: Sizes and types.
       queries: ``[b, kv_heads, ratio, head_dim]``.
-      spans: int32 ``[b, 2]``: first visible position and the one behind the last.
-      table: int32 ``[b, pages_per_seq]``.
+      plan: int32 ``[b, 2 + pages_per_seq]``: first visible position, the one behind the last,
+        pages.
       keys: The pages.
       values: Likewise.
       key_scales: float32 ``[num_pages, kv_heads, page_size]`` (with ``tile.token_scales``),
@@ -58,17 +57,21 @@ def call(
       of the sums of exponentials, or None.
     """
     b, heads = queries.shape[:2]
-    page, per_seq = keys.shape[2], table.shape[1]
+    page, per_seq = keys.shape[2], plan.shape[1] - 2
     tokens, stages = tile.tokens, tile.stages
     pages = max(1, tokens // page)  # per tile
+    if tile.per_row > 1:
+        shape = (*keys.shape[:2], page // tile.per_row, 128)
+        keys, values = keys.reshape(shape), values.reshape(shape)
+    # Rows per token of what is copied.
+    per_row = {"keys": tile.per_row, "values": tile.per_row}
     rows = (splits, b, heads, tile.ratio)
     out_types = [jax.ShapeDtypeStruct((*rows, tile.head_dim), out_dtype)]
     if with_lse:
         out_types.append(jax.ShapeDtypeStruct(rows, jnp.float32))
     operands = {
         "queries": queries,
-        "spans": spans,
-        "table": table,
+        "plan": plan,
         "keys": keys,
         "values": values,
         "key_scales": key_scales,
@@ -83,7 +86,7 @@ def call(
     def kernel(*refs: Any, ready: Any, merge: Any, **buffers: Any) -> None:
         gmem = dict(zip(names, refs, strict=True))
         head, split, row = (lax.axis_index(name) for name in ("head", "split", "row"))
-        start, stop = gmem["spans"][row, 0], gmem["spans"][row, 1]
+        start, stop = gmem["plan"][row, 0], gmem["plan"][row, 1]
         begin, end = lax.div(start, _I32(tokens)), lax.div(stop + (tokens - 1), _I32(tokens))
         share = lax.div(end - begin + (splits - 1), _I32(splits))
         begin = begin + split * share
@@ -92,7 +95,7 @@ def call(
         def pages_of(index: Array) -> tuple[Array, ...]:
             first = lax.div(index * tokens, _I32(page))
             return tuple(
-                gmem["table"][row, jnp.clip(first + i, 0, per_seq - 1)] for i in range(pages)
+                gmem["plan"][row, 2 + jnp.clip(first + i, 0, per_seq - 1)] for i in range(pages)
             )
 
         def fetch(index: Array, numbers: tuple[Array, ...]) -> None:
@@ -101,10 +104,12 @@ def call(
                 for name in copied:
                     source = gmem[name].at[number, head]
                     target = buffers[name].at[slot]
+                    per = per_row.get(name, 1)
                     if pages > 1:
-                        target = target.at[pl.ds(i * page, page)]
+                        target = target.at[pl.ds(i * page // per, page // per)]
                     elif page > tokens:
-                        source = source.at[pl.ds(lax.rem(index * tokens, _I32(page)), tokens)]
+                        first = lax.div(lax.rem(index * tokens, _I32(page)), _I32(per))
+                        source = source.at[pl.ds(first, tokens // per)]
                     plgpu.copy_gmem_to_smem(source, target, ready.at[slot])
 
         for i in range(stages):
@@ -129,7 +134,9 @@ def call(
         work.finish(state, split, row, head)
 
     scratch: dict[str, Any] = {
-        name: plgpu.SMEM((stages, tokens, keys.shape[3]), keys.dtype, transforms=transforms)
+        name: plgpu.SMEM(
+            (stages, tokens // tile.per_row, keys.shape[3]), keys.dtype, transforms=transforms
+        )
         for name in ("keys", "values")
     }
     scratch |= {name: plgpu.SMEM((stages, tokens), jnp.float32) for name in copied[2:]}

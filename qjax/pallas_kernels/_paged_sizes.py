@@ -21,6 +21,7 @@ class Tile:
       tokens: Tokens per tile, a multiple of 64.
       stages: Tiles in flight.
       token_scales: Whether every token has scales of its own.
+      per_row: Tokens per row of shared memory; see ``tokens_per_row``.
       factor: What ``q . k`` is multiplied by; see ``logit_factor``.
       soft_cap: Logits become ``soft_cap * tanh(logits / soft_cap)``; None for plain ones.
     """
@@ -32,6 +33,7 @@ class Tile:
     tokens: int
     stages: int
     token_scales: bool = False
+    per_row: int = 1
     factor: float = 1.0
     soft_cap: float | None = None
 
@@ -54,7 +56,8 @@ class Tile:
     @property
     def swizzle(self) -> int | None:
         """Bytes of the swizzle pattern of the pages in shared memory; None for plain rows."""
-        return next((s for s in (128, 64, 32) if self.row_bytes % s == 0), None)
+        size = self.row_bytes * self.per_row
+        return next((s for s in (128, 64, 32) if size % s == 0), None)
 
     @property
     def columns(self) -> int:
@@ -75,6 +78,17 @@ class Tile:
     def tile_bytes(self) -> int:
         """Bytes of the keys, or of the values, of one tile."""
         return self.tokens * self.row_bytes
+
+
+def tokens_per_row(row_bytes: int, page_size: int) -> int:
+    """How many neighbouring tokens are copied as one row of 128 bytes: 1, 2 or 4.
+
+    TMA works row by row, so that short rows take as long as full ones. Copies must be whole tiles
+    of 8 rows.
+    """
+    if row_bytes not in (32, 64) or page_size * row_bytes % 1024:
+        return 1
+    return 128 // row_bytes
 
 
 def logit_factor(scale: float, soft_cap: float | None) -> float:

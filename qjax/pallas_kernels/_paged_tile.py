@@ -76,6 +76,8 @@ class Thread:
     def _offset(self, own: Value, row: Value, half: Value, chunk: Value) -> tuple[Value, Value]:
         """Offset of a lane's row in a tile, at its first chunk, and with ``chunk`` left out."""
         p, size, swizzle = self.p, self.tile.row_bytes, self.tile.swizzle
+        if self.tile.per_row > 1:
+            return self._offset_in_shared_row(own, row, half, chunk), own
         offset = p.add(own, p.mul(half, 8 * size))
         if swizzle is None:
             offset = p.add(offset, p.mul(row, size))
@@ -83,6 +85,19 @@ class Thread:
         offset = p.add(offset, p.mul(row, swizzle))
         turn = row if swizzle == 128 else p.shift_right(row, {64: 1, 32: 2}[swizzle])
         return p.add(offset, p.mul(p.bits_xor(turn, chunk), 16)), offset
+
+    def _offset_in_shared_row(self, own: Value, row: Value, half: Value, chunk: Value) -> Value:
+        """The same where 2 or 4 tokens share a row of 128 bytes."""
+        p, per = self.p, self.tile.per_row
+        shift = per.bit_length() - 1
+        line = p.add(p.shift_right(row, shift), p.mul(half, 8 // per))
+        turn = line
+        if per == 4:  # 16 tokens are half a swizzle pattern
+            parts = self.tile.tokens // 64
+            turn = p.add(turn, p.mul(p.bits_and(p.mul(self.warp, parts), 1), 4))
+        place = p.add(p.mul(p.bits_and(row, per - 1), 8 // per), chunk)
+        offset = p.add(own, p.mul(line, 128))
+        return p.add(offset, p.mul(p.bits_xor(place, turn), 16))
 
     def load(
         self, base: Value, lanes: tuple[Value, Value], part: int, pair: int, *, values: bool
@@ -104,6 +119,8 @@ class Thread:
             address = p.add(base, lanes[1] if single else lanes[0])
             return p.load_matrices(address, offset + 32 * pair, transposed=values)
         column, chunk = divmod(2 * pair, swizzle // 16)
+        if tile.per_row == 4 and part % 2:
+            chunk += 4
         address = p.bits_xor(p.add(base, lanes[0]), 16 * chunk)
         return p.load_matrices(address, offset + column * 8 * swizzle, transposed=values)
 

@@ -75,6 +75,7 @@ class Twin:
 
 def decode(stored: Array, tile: Tile) -> Array:
     """Stored rows ``[tokens, ...]`` as float32 ``[tokens, head_dim]``, in units of their scale."""
+    stored = stored.reshape(tile.tokens, -1)
     if tile.kind == "int4":
         both = jax.lax.bitcast_convert_type(stored, jnp.int8)
         low = (both << jnp.int8(4)) >> jnp.int8(4)

@@ -228,6 +228,9 @@ class Ptx:
         text = f"st.shared.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};"
         self.asm(text, "", address, *values, memory=True)
 
+    def store_shared(self, address: Value, value: Value, offset: int = 0) -> None:
+        self.asm(f"st.shared.f32 [$0+{offset}], $1;", "", address, value, memory=True)
+
     def address(self, base: Value, index: Value, size: int) -> Value:
         """``base + index * size``, 64 bits."""
         return self._one(f"mad.wide.u32 $0, $1, {size}, $2;", index, base, out="l")

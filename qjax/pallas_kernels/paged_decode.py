@@ -17,8 +17,11 @@ one sequence (or a share of its tokens, ``splits``), all query heads that share 
 ``mma.sync`` and not ``wgmma``: the products are a twentieth of what either can do, and warps that
 need nothing of each other exchange nothing. Codes are exact in float16; scales of keys multiply the
 logits, scales of values the probabilities (by their logarithm, so that nothing underflows). Splits
-write normalized partial results and the logarithms of their sums, merged by XLA in fixed order: two
-runs are equal to the bit, and a sequence's result does not depend on the others.
+write normalized partial results and the logarithms of their sums, merged in a fixed order by a
+second kernel: two runs are equal to the bit, and a sequence's result does not depend on the others.
+
+Measured on an H200, 64 sequences of 8192 tokens, 32 query heads, 8 KV heads of 128: 479 us with
+bfloat16 pages (4.49 TB/s), fp8 251 us (4.28), int8 with scales per token 264 us (4.20).
 
 References:
   FlashDecoding (Dao et al., 2023) for the splits; FlashInfer (arXiv:2501.01005) for pages.
@@ -31,7 +34,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from qjax.pallas_kernels._paged_sizes import KINDS, Tile, logit_factor
+from qjax.pallas_kernels._paged_sizes import KINDS, Tile, logit_factor, tokens_per_row
 from qjax.typing import Array, DType
 
 SHARED_MEMORY_BYTES = 232448
@@ -93,7 +96,7 @@ class Problem:
     token_scales: bool = False
 
     def tile(self, config: Config, factor: float = 1.0, soft_cap: float | None = None) -> Tile:
-        return Tile(
+        tile = Tile(
             self.kind,
             self.query,
             self.head_dim,
@@ -101,9 +104,11 @@ class Problem:
             config.tokens,
             config.stages,
             self.token_scales,
-            factor,
-            soft_cap,
+            factor=factor,
+            soft_cap=soft_cap,
         )
+        per_row = tokens_per_row(tile.row_bytes, self.page_size)
+        return dataclasses.replace(tile, per_row=per_row)
 
 
 def unsupported_reason(p: Problem) -> str | None:
@@ -161,6 +166,8 @@ def heuristic_config(p: Problem) -> Config:
     room = max(1, blocks) * _SM_COUNT // (p.batch * p.kv_heads)
     tiles = -(-p.page_size * p.pages_per_seq // tokens)
     splits = max(1, min(room, tiles // 4, _MAX_SPLITS))
+    if splits * p.batch * p.kv_heads < _SM_COUNT:  # a short context: what counts is latency
+        splits = max(splits, min(_SM_COUNT // (p.batch * p.kv_heads), tiles // 2))
     config = dataclasses.replace(config, splits=splits)
     if config_unsupported_reason(config, p) is not None:
         raise AssertionError(f"{config} does not fit {p}")
@@ -238,8 +245,8 @@ def decode(
     out, lse = _paged_body.call(
         problem.tile(config, logit_factor(scale, soft_cap), soft_cap),
         q,
-        jnp.stack([start, stop], axis=1),
-        table,
+        # One array and so one small kernel, which all layers of a model share.
+        jnp.concatenate([start[:, None], stop[:, None], table], axis=1),
         keys,
         values,
         key_scales,
@@ -249,7 +256,13 @@ def decode(
         with_lse=config.splits > 1,
         interpret=interpret,
     )
-    return out[0] if lse is None else merge(out, lse, q.dtype)
+    if lse is None:
+        return out[0]
+    if interpret:
+        return merge(out, lse, q.dtype)
+    from qjax.pallas_kernels import _paged_merge
+
+    return _paged_merge.call(out, lse, q.dtype)
 
 
 def merge(out: Array, lse: Array, dtype: DType) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qjax.pallas_kernels import _paged_sizes, _paged_tile
+from qjax.pallas_kernels import _paged_merge, _paged_sizes, _paged_tile
 from qjax.pallas_kernels._paged_sizes import Tile
 from qjax.pallas_kernels._paged_tile import State
 from tests.kernels.ptx_model import THREADS, Model
@@ -37,11 +37,13 @@ def codes(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> tuple[
 
 def put_tile(tile: Tile, rows: np.ndarray) -> np.ndarray:
     """Rows ``[tokens, row_bytes]`` as TMA writes them with tiling (8, swizzle) and swizzle."""
-    size = tile.row_bytes
+    size = tile.row_bytes * tile.per_row
     if tile.swizzle is None:
         return rows.reshape(-1)
     swizzle = tile.swizzle
-    tiled = rows.reshape(tile.tokens // 8, 8, size // swizzle, swizzle).transpose(0, 2, 1, 3)
+    tiled = rows.reshape(tile.tokens // tile.per_row // 8, 8, size // swizzle, swizzle).transpose(
+        0, 2, 1, 3
+    )
     flat = np.ascontiguousarray(tiled).reshape(-1, 16)  # chunks of 16 bytes
     at = np.arange(len(flat)) * 16
     # The address bits from 4 are xored with those from 7: three, two or one of them.
@@ -64,7 +66,9 @@ CASES = {
     "e4m3": Case(Tile("float8_e4m3fn", "bfloat16", 128, 4, 64, 3), 0, 150, "bfloat16", True),
     "e4m3_token": Case(Tile("float8_e4m3fn", "float16", 64, 8, 64, 3, True), 70, 130, "float16"),
     "e5m2": Case(Tile("float8_e5m2", "bfloat16", 64, 1, 64, 3), 0, 65, "float32", True),
-    "e5m2_token_cap": Case(Tile("float8_e5m2", "bfloat16", 128, 2, 64, 2, True, 1.0, 30.0), 0, 100),
+    "e5m2_token_cap": Case(
+        Tile("float8_e5m2", "bfloat16", 128, 2, 64, 2, True, soft_cap=30.0), 0, 100
+    ),
     "int8": Case(Tile("int8", "bfloat16", 128, 16, 64, 3), 5, 64),
     "int8_96": Case(Tile("int8", "bfloat16", 96, 3, 64, 3, True), 0, 129, "bfloat16"),
     "int8_256": Case(Tile("int8", "bfloat16", 256, 2, 64, 2, True), 0, 129, "bfloat16"),
@@ -72,9 +76,16 @@ CASES = {
     "int4_64": Case(Tile("int4", "float16", 64, 12, 128, 2), 100, 300, "float32", True),
     "int4_96": Case(Tile("int4", "bfloat16", 96, 4, 64, 4, True), 0, 70),
     "bf16": Case(Tile("bfloat16", "bfloat16", 128, 4, 64, 3), 0, 150, "bfloat16"),
-    "bf16_cap": Case(Tile("bfloat16", "bfloat16", 64, 9, 64, 3, False, 1.0, 5.0), 64, 66),
+    "bf16_cap": Case(Tile("bfloat16", "bfloat16", 64, 9, 64, 3, soft_cap=5.0), 64, 66),
     "f16_96": Case(Tile("float16", "float16", 96, 1, 64, 2), 0, 1, "float16"),
     "f16_256": Case(Tile("float16", "float16", 256, 6, 64, 2), 0, 77),
+    "int4_two_per_row": Case(Tile("int4", "bfloat16", 128, 4, 128, 2, True, 2), 0, 300, "bfloat16"),
+    "int4_two_of_64": Case(
+        Tile("int4", "bfloat16", 128, 3, 64, 4, False, 2), 10, 100, "float32", True
+    ),
+    "int4_four_per_row": Case(Tile("int4", "bfloat16", 64, 4, 128, 4, True, 4), 0, 300, "float16"),
+    "int4_four_of_64": Case(Tile("int4", "bfloat16", 64, 4, 64, 4, True, 4), 3, 200, "float16"),
+    "int8_two_per_row": Case(Tile("int8", "bfloat16", 64, 5, 64, 3, True, 2), 0, 129),
     "empty": Case(Tile("int8", "bfloat16", 128, 4, 64, 2), 0, 0),
 }
 
@@ -176,3 +187,34 @@ def test_result_and_log_sum(name: str) -> None:
     low = "bfloat16" in (case.out, case.tile.kind)
     assert relative_error(out, expected) < (ATTENTION_BF16 if low else ATTENTION_F16)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("splits", "dim"), [(2, 64), (33, 128), (7, 96), (64, 256)])
+def test_merge_of_splits(splits: int, dim: int) -> None:
+    rng = np.random.default_rng(splits)
+    parts = rng.normal(size=(splits, ROWS, dim)).astype(np.float32)
+    logs = (rng.normal(size=(splits, ROWS)) * 9).astype(np.float32)
+    logs[::2, 1], parts[::2, 1] = -np.inf, 0  # splits that saw nothing
+    logs[:, 2], parts[:, 2] = -np.inf, 0
+    memory = np.zeros(1 << 19, np.uint8)
+    memory[: parts.nbytes] = parts.reshape(-1).view(np.uint8)
+    memory[1 << 18 : (1 << 18) + logs.nbytes] = logs.reshape(-1).view(np.uint8)
+    places = [np.full(THREADS, at, np.uint64) for at in (0, 1 << 18, 3 << 17)]
+    for row in range(ROWS):
+        p = Model(np.zeros(16 * dim + 64, np.uint8), memory)
+        _paged_merge.merge(
+            p,
+            *places,
+            p.integer(0),
+            p.integer(row),
+            splits=splits,
+            rows=ROWS,
+            head_dim=dim,
+            dtype="f16",
+        )
+    out = memory[3 << 17 : (3 << 17) + 2 * ROWS * dim].view(np.float16).reshape(ROWS, dim)
+    weights = np.exp2(logs.astype(np.float64) - np.where(logs.max(0) == -np.inf, 0, logs.max(0)))
+    weights /= np.maximum(weights.sum(0), 1e-300)
+    want = np.einsum("sr,srd->rd", weights, parts.astype(np.float64))
+    assert relative_error(out, want) < ATTENTION_F16
+    assert not out[2].any()
