@@ -28,15 +28,14 @@ import numpy as np
 from qjax._device import compiler_options, device_info
 from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
 from qjax.formats import FORMATS, QuantFormat, parse_format
-from qjax.ops.dot import quantized_dot
+from qjax.ops.dot import quantized_dot, unsupported_reason
 from qjax.ops.packed import (
     pack_for_mosaic,
     pack_unsupported_reason,
     packed_dot,
     packed_kernel,
-    packed_unsupported_reason,
 )
-from qjax.pallas_kernels import weight_only
+from qjax.pallas_kernels import plain, weight_only
 from qjax.quantize import quantize, quantized_nbytes
 
 SHAPES: dict[str, tuple[int, int]] = {
@@ -90,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--formats", default="bf16,int4,int4_g32,int4_g128_asym,int8,fp8,w8a8_fp8,w8a8_int8")
     add("--rows", default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192", help="(%(default)s)")
-    add("--backends", default=",".join(BACKENDS), help="(%(default)s); bf16 has xla only")
+    add("--backends", default=",".join(BACKENDS), help="(%(default)s)")
     add("--search", type=int, default=0, metavar="N", help="also time N configs of the kernel")
     add("--every", action="store_true", help="report every config, not only the fastest")
     add("--rotate-mb", type=float, default=320.0, help="weights to rotate over (%(default)s)")
@@ -176,17 +175,26 @@ def device_seconds(
 
 def relative_error(out: jax.Array, x: jax.Array, w: Any, fmt: QuantFormat | None) -> float:
     """``|out - ref| / |ref|`` for the float32 product of the quantized operands."""
-    return float(_relative_error(out, x, w, fmt))
+    return float(_error_program(fmt)(out, x, w))
 
 
-@functools.partial(jax.jit, static_argnums=3)  # here, so that it is compiled once for all configs
-def _relative_error(out: jax.Array, x: jax.Array, w: Any, fmt: QuantFormat | None) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    if fmt is not None and fmt.activation is not None:
-        wide = quantize(wide, fmt.activation, axis=-1).dequantize(jnp.float32)
-    weight = w.astype(jnp.float32) if fmt is None else w.dequantize(jnp.float32)
-    reference = jnp.dot(wide, weight, precision=jax.lax.Precision.HIGHEST)
-    return jnp.linalg.norm(out.astype(jnp.float32) - reference) / jnp.linalg.norm(reference)
+@functools.cache  # one program for all configs
+def _error_program(fmt: QuantFormat | None) -> Callable[..., jax.Array]:
+    # Timing ways to multiply takes longer than the slowest of them, for a product made once.
+    gpu = jax.devices()[0].platform == "gpu"
+    options = {"xla_gpu_autotune_level": 0} if gpu else None
+
+    def error(out: jax.Array, x: jax.Array, w: Any) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        if fmt is not None and fmt.activation is not None:
+            # The barrier keeps XLA from dropping the conversion to fp8 and back.
+            codes = jax.lax.optimization_barrier(quantize(wide, fmt.activation, axis=-1))
+            wide = codes.dequantize(jnp.float32)
+        weight = w.astype(jnp.float32) if fmt is None else w.dequantize(jnp.float32)
+        reference = jnp.dot(wide, weight, precision=jax.lax.Precision.HIGHEST)
+        return jnp.linalg.norm(out.astype(jnp.float32) - reference) / jnp.linalg.norm(reference)
+
+    return jax.jit(error, compiler_options=options)
 
 
 def floor_seconds(row: Row, fmt: QuantFormat | None, weight_bytes: int) -> float | None:
@@ -210,7 +218,7 @@ def measure(args: argparse.Namespace, row: Row, weights: Sequence[Any]) -> list[
     x = jax.random.normal(jax.random.key(row.m), (row.m, row.k), jnp.float32).astype(jnp.bfloat16)
     configs: list[tuple[Any, str]] = [(None, row.backend)]
     if row.backend == "mosaic_gpu":
-        reason = packed_unsupported_reason(x, weights[0])
+        reason = unsupported_reason(x, weights[0])
         if reason is not None:
             return [dataclasses.replace(row, skipped=reason)]
         configs = kernel_configs(x, weights[0], args.search)
@@ -222,6 +230,12 @@ def measure(args: argparse.Namespace, row: Row, weights: Sequence[Any]) -> list[
 
 def kernel_configs(x: jax.Array, w: Any, search: int) -> list[tuple[Any, str]]:
     """The heuristic's config and ``search`` others, each with where it comes from."""
+    if isinstance(w, jax.Array):
+        m, (k, n) = x.shape[0], w.shape
+        best = plain.heuristic_config(m, k, n)
+        others = [config for config in plain.search_space(m, k, n) if config != best]
+        others = others[:: max(1, len(others) // max(1, search))][:search]
+        return [(best, "heuristic"), *((other, "search") for other in others)]
     kernel, problem = packed_kernel(x, w)
     best = kernel.heuristic_config(problem)
     others = [config for config in kernel.search_space(problem) if config != best]
@@ -260,13 +274,16 @@ def _time_one(
     fmt = parse_format(row.format)
 
     def product(x: jax.Array, w: Any) -> jax.Array:
-        if config is not None:
-            return packed_dot(x, w, config=config)
-        return quantized_dot(x, w, backend="xla" if fmt is not None else None)
+        if config is None:
+            return quantized_dot(x, w, backend="xla")
+        if fmt is None:
+            return plain.matmul(x, w, config=config)
+        return packed_dot(x, w, config=config)
 
     qtype = None if fmt is None or fmt.activation is None else fmt.activation.qtype
     lowered = jax.jit(product).lower(x, weights[0])
-    compiled = lowered.compile(compiler_options=compiler_options(qtype))
+    options = compiler_options(qtype) if config is None else None
+    compiled = lowered.compile(compiler_options=options)
     error = relative_error(compiled(x, weights[0]), x, weights[0], fmt)
     row = dataclasses.replace(row, relative_error=error)
     if not error < MAX_ERROR:
@@ -300,7 +317,7 @@ def work(args: argparse.Namespace) -> None:
         w: Any = jax.random.normal(jax.random.key(0), (k, n), jnp.float32) * k**-0.5
         w = w.astype(jnp.bfloat16) if fmt is None else quantize(w, fmt, dtype=jnp.bfloat16)
         skipped = None
-        if args.backends == "mosaic_gpu":
+        if args.backends == "mosaic_gpu" and fmt is not None:
             skipped = pack_unsupported_reason(w)
             w = w if skipped is not None else pack_for_mosaic(w)
         copies = 1
@@ -431,8 +448,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     def measured() -> Iterator[dict[str, Any]]:
         for name in args.formats.split(","):
             for backend in args.backends.split(","):
-                if parse_format(name) is None and backend != "xla":
-                    continue  # there is no kernel for plain weights, only the baseline
                 for row in run_child(args, name, backend):
                     rows.append(row)
                     yield dataclasses.asdict(row)

@@ -67,7 +67,7 @@ def test_a_failing_config_does_not_stop_the_others(monkeypatch):
             raise ValueError("two stages\nare too few")
         return jnp.ones((2, 64), jnp.bfloat16) * (128 if config.stages == 4 else 7)
 
-    monkeypatch.setattr(bench_matmul, "packed_dot", product)
+    monkeypatch.setattr(bench_matmul.plain, "matmul", product)
     args = bench_matmul.build_parser().parse_args(["--launches", "1"])
     row = Row("128x64", 128, 64, 2, "bf16", "mosaic_gpu")
     x, w = jnp.ones((2, 128), jnp.bfloat16), jnp.ones((128, 64), jnp.bfloat16)

@@ -10,6 +10,7 @@ at small layers, and padding.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -66,6 +67,19 @@ def heuristic_config(m: int, k: int, n: int) -> Config:
     ]
     warpgroups, splits = max(choices, key=rank)
     return Config(warpgroups, deepest(warpgroups), splits)
+
+
+def search_space(m: int, k: int, n: int) -> list[Config]:
+    """Configs worth timing for a product, for an autotuner."""
+    rows = next(rows for rows in _ROWS if rows >= m)
+    product = itertools.product((1, 2, 3, 4), (3, 4, 6, 8), (1, 2, 4, 7, 8))
+    return [
+        Config(warpgroups, stages, splits)
+        for warpgroups, stages, splits in product
+        if n % (warpgroups * BLOCK_N) == 0
+        and k % (splits * BLOCK_K) == 0
+        and smem_bytes(Config(warpgroups, stages, splits), rows) <= SHARED_MEMORY_BYTES
+    ]
 
 
 def matmul(
