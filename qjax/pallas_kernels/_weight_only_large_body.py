@@ -32,6 +32,7 @@ plgpu: Any = mosaic_gpu
 _BLOCK_N = _layout.BLOCK_N
 # Of 65536 registers, 168 for each of 384 threads at launch: 2 * 232 + 40 = 3 * 168.
 _COMPUTE_REGISTERS, _MEMORY_REGISTERS = 232, 40
+_SMALLEST_SCALE = 2.0**-80
 
 
 def call(
@@ -85,7 +86,9 @@ def call(
             def _tile(number: Array, split: Array, feature: Array, token: Array) -> None:
                 feature = feature + warpgroup * _BLOCK_N
                 first = number * steps
-                loop = _scaled_sums if scaled_sums(problem) else _accumulate
+                loop = _accumulate
+                if scaled_sums(problem):
+                    loop = _scaled_integers if problem.compute == "int8" else _scaled_sums
                 sums = loop(first, scratch, warpgroup, config, problem, interpret)
                 out = gmem["out"].at[split] if config.splits > 1 else gmem["out"]
                 _store(sums, feature, token, gmem, out, scratch, warpgroup, config)
@@ -314,74 +317,101 @@ def _scaled_sums(
     problem: Problem,
     interpret: bool,
 ) -> Array:
-    """Sum of the groups' products, each scaled in float32: ``(64, columns)``."""
+    """Sum of the groups' products, each scaled in float32: ``(64, columns)``.
+
+    In the accumulator itself: before a group's product is added, what is there is divided by the
+    group's scale, and multiplied by the one before. So no second set of sums is needed.
+    """
+    layout = plgpu.Layout.WGMMA
     shape = (_BLOCK_N, config.columns)
     # Steps of a group, or groups of a step.
-    count = scale_rows(problem)
-    steps = max(1, (problem.group_size or 0) // step_k(problem))
+    count, length = scale_rows(problem), step_k(problem)
+    steps = max(1, (problem.group_size or 0) // length)
 
-    def partial(multiply: Callable[[Any, Any], tuple[Any, Array]]) -> tuple[Array, Array]:
-        """The product that ``multiply`` adds up, and the scale that it returns beside it."""
+    def divided(sums: Array, previous: Array, scale: Array) -> tuple[Array, Array]:
+        # A scale of zero, as for a group of zeros: small enough that nothing of the group remains.
+        scale = jnp.where(jnp.abs(scale) < _SMALLEST_SCALE, jnp.float32(_SMALLEST_SCALE), scale)
+        return sums * lax.broadcast_in_dim(previous / scale, shape, [0]), scale
+
+    def accumulate(sums: Array, multiply: Callable[[Any, Any], Any]) -> Array:
         if interpret:
-            return multiply(None, jnp.zeros(shape, jnp.float32))
+            return multiply(None, sums)
 
-        def run(acc: Any) -> tuple[Array, Array]:
-            _, scale = multiply(acc, ())
-            return acc[...], scale
+        def run(acc: Any) -> None:
+            multiply(acc, ())
 
-        return pl.run_scoped(run, plgpu.ACC(shape))
-
-    def add(sums: Array, part: Array, scale: Array) -> Array:
-        return sums + part * lax.broadcast_in_dim(scale, shape, [0])
+        return pl.run_state(run)(plgpu.ACC.init(sums))
 
     def slot_of(i: Array) -> Array:
         return lax.rem(first + i, jnp.int32(config.stages))
 
-    def long_group(g: Array, sums: Array) -> Array:
-        slots = [slot_of(steps * g + i) for i in range(steps)]
+    def load(slot: Array) -> tuple[list[Array], list[Array]]:
+        return _load_weights(slot, scratch, warpgroup, problem, interpret)
 
-        def multiply(acc: Any, total: Any) -> tuple[Any, Array]:
-            scale = None
-            for slot in slots:
-                # From the second on, unpacked while the product before runs.
-                (weights,), (scale,) = _load_weights(slot, scratch, warpgroup, problem, interpret)
-                total = _multiply(acc, total, weights, scratch["x_smem"].at[slot], interpret)
+    def long_group(g: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        slots = [slot_of(steps * g + i) for i in range(steps)]
+        (weights,), (scale,) = load(slots[0])
+        sums, scale = divided(*carry, scale)
+
+        def multiply(acc: Any, total: Any) -> Any:
+            total = _multiply(acc, total, weights, scratch["x_smem"].at[slots[0]], interpret)
+            for slot in slots[1:]:
+                # Unpacked while the product before runs.
+                (following,), _ = load(slot)
+                total = _multiply(acc, total, following, scratch["x_smem"].at[slot], interpret)
             for slot in slots:
                 _give_back(scratch, slot, interpret)
-            assert scale is not None
-            return total, scale
+            return total
 
-        return add(sums, *partial(multiply))
+        return accumulate(sums, multiply), scale
 
-    def short_groups(i: Array, sums: Array) -> Array:
+    def short_groups(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         slot = slot_of(i)
-        pieces, scales = _load_weights(slot, scratch, warpgroup, problem, interpret)
-        size = step_k(problem) // count
-        for g, (weights, scale) in enumerate(zip(pieces, scales, strict=True)):
+        pieces, scales = load(slot)
+        size = length // count
+        for g in range(count):
+            sums, scale = divided(*carry, scales[g])
             x_smem = scratch["x_smem"].at[slot, :, pl.ds(g * size, size)]
 
-            def multiply(acc: Any, total: Any) -> tuple[Any, Array]:
-                total = _multiply(acc, total, weights, x_smem, interpret)  # noqa: B023
-                if g == count - 1:  # noqa: B023
+            def multiply(acc: Any, total: Any, g: int = g, x_smem: Any = x_smem) -> Any:
+                total = _multiply(acc, total, pieces[g], x_smem, interpret)
+                if g == count - 1:
                     _give_back(scratch, slot, interpret)
-                return total, scale  # noqa: B023
+                elif not interpret:
+                    plgpu.wgmma_wait(0)
+                return total
 
-            sums = add(sums, *partial(multiply))
-        return sums
+            carry = accumulate(sums, multiply), scale
+        return carry
 
-    def integer_group(g: Array, sums: Array) -> Array:
-        slot = slot_of(g)
+    carry = jnp.zeros(shape, jnp.float32), jnp.ones((_BLOCK_N,), jnp.float32)
+    if not interpret:
+        carry = plgpu.layout_cast(carry[0], layout), plgpu.layout_cast(carry[1], layout.reduce(1))
+    groups = problem.k // config.splits // length // steps
+    sums, scale = lax.fori_loop(0, groups, short_groups if count > 1 else long_group, carry)
+    return sums * lax.broadcast_in_dim(scale, shape, [0])
+
+
+def _scaled_integers(
+    first: Array,
+    scratch: dict[str, Any],
+    warpgroup: Array,
+    config: Config,
+    problem: Problem,
+    interpret: bool,
+) -> Array:
+    """The same for W4A8, whose groups' integer products are added to float32 sums."""
+    shape = (_BLOCK_N, config.columns)
+
+    def group(g: Array, sums: Array) -> Array:
+        slot = lax.rem(first + g, jnp.int32(config.stages))
         (weights,), (scale,) = _load_weights(slot, scratch, warpgroup, problem, interpret)
-        return add(sums, _integer_product(weights, slot, scratch, shape, interpret), scale)
+        part = _integer_product(weights, slot, scratch, shape, interpret)
+        return sums + part * lax.broadcast_in_dim(scale, shape, [0])
 
     zero = jnp.zeros(shape, jnp.float32)
     zero = zero if interpret else plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
-    body = short_groups if count > 1 else long_group
-    if problem.compute == "int8":
-        body = integer_group
-    sums = lax.fori_loop(0, problem.k // config.splits // step_k(problem) // steps, body, zero)
-    if problem.compute != "int8":
-        return sums
+    sums = lax.fori_loop(0, problem.k // config.splits // step_k(problem), group, zero)
     # The stored scales are for codes in the unit that bfloat16 leaves them in; these are 16 times
     # their value.
     _, rest = _codes.constant_multiplier(problem.kind, "bfloat16")

@@ -277,11 +277,11 @@ def estimate_seconds(config: Config, p: Problem) -> float:
     busy = min(1.0, tiles_a * tiles_b * config.splits / units)
     in_flight = config.stages * (rows + config.columns) * BLOCK_K * _SM_COUNT * busy
     rate = min(_MEMORY_BYTES_PER_S, in_flight / 1.0e-6, busy * _SM_COUNT * _SM_BYTES_PER_S)
+    seconds = max(compute, moved / rate) + 0.1 * min(compute, moved / rate)
     if config.splits > 1:
-        # Written and read once more, by one more kernel.
-        moved += 8 * config.splits * p.m * p.n
-        compute += _SPLIT_SECONDS
-    return max(compute, moved / rate) + 0.1 * min(compute, moved / rate)
+        # Written in float32 and read once more, by one more kernel.
+        seconds += _SPLIT_SECONDS + 8 * config.splits * p.m * p.n / _MEMORY_BYTES_PER_S
+    return seconds
 
 
 def _candidates(p: Problem) -> list[Config]:

@@ -16,13 +16,14 @@ or with 8-bit activations all 128.
 
 With ``cluster`` two CTAs with the same tokens load half of them each, for both (multicast).
 
-Groups are scaled as in ``weight_only``: weights in float16, sums in bfloat16 (``scaled_sums``). The
-latter are float32 totals beside the tensor core's accumulators, twice the registers: tiles have up
-to 160 tokens.
+Groups are scaled as in ``weight_only``: weights in float16, sums in bfloat16 (``scaled_sums``). For
+the latter the accumulator is divided by the group's scale before its product is added, and
+multiplied by it after.
 
 W4A8 multiplies int4 by int8: a code in the upper half of a byte is 16 times its value, so that
 unpacking takes three instructions for eight codes (``_unpack.unpack_int8``). Sums of groups are
-exact integers, and scaled as in bfloat16. The same packed weight serves: it is only the order of
+exact integers, scaled and added to float32 totals: twice the registers, so tiles have up to 160
+tokens. The same packed weight serves: it is only the order of
 the activations within each 16 of the contraction that differs (``int8_order``).
 
 References:
@@ -43,7 +44,8 @@ from qjax.typing import Array, DType
 
 WARPGROUPS = 2
 _SM_COUNT = 132
-_MAX_COLUMNS = {False: 256, True: 160}  # by scaled_sums: what the registers hold
+_MAX_COLUMNS = 256
+_MAX_INTEGER_COLUMNS = 160  # with float32 sums beside the accumulators
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Config:
     """How the work is cut up.
 
     Attributes:
-      columns: Tokens of a tile, a multiple of 8 up to 256 (160 with scaled sums).
+      columns: Tokens of a tile, a multiple of 8 up to 256 (160 for W4A8 with groups).
       stages: Steps of 64 of the contraction in flight, at least 2.
       cluster: 1, or 2 for pairs of CTAs that share the loading of their tokens.
       splits: Parts into which the contraction is cut; their sums are added by XLA.
@@ -88,6 +90,11 @@ def step_k(p: Problem) -> int:
 def scaled_sums(p: Problem) -> bool:
     """Whether the sums of groups are scaled, and not the weights."""
     return p.group_size is not None and p.compute != "float16"
+
+
+def max_columns(p: Problem) -> int:
+    """Tokens of the widest tile."""
+    return _MAX_INTEGER_COLUMNS if scaled_sums(p) and p.compute == "int8" else _MAX_COLUMNS
 
 
 def stored_dtype(compute: str) -> DType:
@@ -155,10 +162,10 @@ def smem_bytes(config: Config, p: Problem) -> int:
 
 def config_unsupported_reason(config: Config, p: Problem) -> str | None:
     """Why a config does not fit a problem; None if it does."""
-    if config.columns > _MAX_COLUMNS[scaled_sums(p)]:
-        return (
-            f"columns={config.columns}; at most {_MAX_COLUMNS[scaled_sums(p)]} fit into registers"
-        )
+    if config.columns > max_columns(p):
+        return f"columns={config.columns}; at most {max_columns(p)} fit into registers"
+    if p.compute == "int8" and config.columns > 24 and config.columns % 16:
+        return f"columns={config.columns}; int8 products have 8, 24 or a multiple of 16"
     if config.cluster > 1 and config.columns % 16:
         return f"columns={config.columns}; two CTAs share multiples of 16"
     if config.cluster > 1 and p.n % (2 * WARPGROUPS * _layout.BLOCK_N):
@@ -181,24 +188,29 @@ def estimate_seconds(config: Config, p: Problem) -> float:
     """Time by a simple model, to rank configs: see ``w8a8.estimate_seconds``."""
     tiles_a, tiles_b = tile_counts(config, p)
     waves = -(-tiles_a * tiles_b * config.splits // (_SM_COUNT // config.cluster))
-    # Per step and warpgroup four products of 64 rows in N / 2 cycles, and unpacking to begin with.
-    step = 4 * WARPGROUPS * max(config.columns / 2, 16) * 1.06
+    # Four products of 64 rows in N / 2 cycles per step and warpgroup; the tensor core serves one
+    # warpgroup at a time. Beside its products, each waits, unpacks and scales sums.
+    product = 4 * max(config.columns / 2, 16)
+    alone = 300.0
     if scaled_sums(p):
-        # One multiply-add per sum and group: a quarter of the products' time for groups of 64.
-        step *= 1 + (0.2 if p.compute == "int8" else 0.03) * (128 // (p.group_size or 128))
+        per_sum = 3 if p.compute == "int8" else 1
+        alone += step_k(p) / (p.group_size or 128) * (80 + per_sum * config.columns / 2)
+    step = max(1.04 * WARPGROUPS * product, product + alone)
     loaded = config.columns * 128 / config.cluster / 64 + p.bits * step_k(p) / 4
     steps = p.k // config.splits // step_k(p)
-    compute = waves * (steps * (max(step, 300.0) + 0.1 * loaded) + 1500) / 1.7e9
+    # Writing a tile out takes its part of the time in which nothing is multiplied.
+    tile = 800 + config.columns * (8 if config.splits > 1 else 4)
+    compute = waves * (steps * (step + 0.1 * loaded) + tile) / 1.7e9
     moved = p.k * p.n * p.bits / 8 + p.m * p.k * 128 / step_k(p) + p.m * p.n * p.out_itemsize
+    seconds = max(compute, moved / 4.3e12) + 0.1 * min(compute, moved / 4.3e12)
     if config.splits > 1:
-        # Written and read once more, by one more kernel.
-        moved += 8 * config.splits * p.m * p.n
-        compute += 2.0e-6
-    return max(compute, moved / 4.3e12) + 0.1 * min(compute, moved / 4.3e12)
+        # Written in float32 and read once more, by one more kernel.
+        seconds += 2.0e-6 + 8 * config.splits * p.m * p.n / 4.3e12
+    return seconds
 
 
 def _candidates(p: Problem) -> list[Config]:
-    widest = _MAX_COLUMNS[scaled_sums(p)]
+    widest = max_columns(p)
     tokens = -(-p.m // 8) * 8
     # Equal tiles, as few as there must be and somewhat more.
     least = -(-tokens // widest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ CONFIGS: dict[str, tuple[str, Config | weight_only_large.Config]] = {
     "block_swapped": ("fp8_block", Config(64, 160, 3, swap=True, cluster=2, promote=True)),
     "block_swapped_splits": ("fp8_block", Config(128, 40, 4, True, 2, 1, True)),
     "w4a8_cluster": ("w4a8", weight_only_large.Config(160, 4, 2)),
-    "w4a8_splits": ("w4a8", weight_only_large.Config(40, 8, splits=2)),
+    "w4a8_splits": ("w4a8", weight_only_large.Config(48, 8, splits=2)),
     "w4a8_channel": ("w4a8_channel", weight_only_large.Config(256, 4)),
 }
 
@@ -140,16 +141,19 @@ def test_large_layers(name: str, rng: np.random.Generator) -> None:
         packed = pack_for_mosaic(w)
         out = jax.jit(packed_dot)(x, packed)
 
-        @jax.jit
-        def error(x: jax.Array, w: qjax.QuantizedArray, out: jax.Array) -> jax.Array:
-            assert w.fmt.activation is not None
-            wide = quantize(x, w.fmt.activation, axis=-1).dequantize(jnp.float32)
-            highest = jax.lax.Precision.HIGHEST
-            reference = jnp.dot(wide, w.dequantize(jnp.float32), precision=highest)
+        # Codes leave one program before the next reads them: within one, XLA on GPUs takes the
+        # rounding to fp8 and back for excess and drops it.
+        assert fmt.activation is not None
+        xq = quantize(x, fmt.activation, axis=-1)
+
+        @functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0})
+        def error(xq: qjax.QuantizedArray, w: qjax.QuantizedArray, out: jax.Array) -> jax.Array:
+            wide, weight = xq.dequantize(jnp.float32), w.dequantize(jnp.float32)
+            reference = jnp.dot(wide, weight, precision=jax.lax.Precision.HIGHEST)
             off = jnp.linalg.norm(out.astype(jnp.float32) - reference)
             return off / jnp.linalg.norm(reference)
 
-        found = float(error(x, w, out))
+        found = float(error(xq, w, out))
         tolerance = _tolerance(fmt, k, w.tiles[0] == 128) + tolerances.BF16_OUTPUT
         print(f"{m=} {k=} {n=} relative error {found:.2e} of {tolerance:.2e}")
         assert found < tolerance
