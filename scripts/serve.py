@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from qjax import info
 from qjax.assets import bundled_model_path
+from qjax.calibrate.cached import calibrated_folder, default_cache, parse_calibration
 from qjax.checkpoints.hf import resolve_folder
-from qjax.formats import FORMATS
+from qjax.formats import FORMATS, parse_format
+from qjax.kv_format import parse_kv_format
 from qjax.models.config import ModelConfig
 from qjax.sampling import SamplingParams
 from qjax.serving import Engine
@@ -32,7 +34,7 @@ from qjax.serving.offline import Job, prepare, run
 from qjax.serving.prompts import Prompt, read_prompts
 from qjax.serving.report import Summary
 from qjax.serving.results import Result, ResultFile, checkpoint_fingerprint, fingerprint
-from qjax.serving.settings import PRESETS, check_weight_format, context_length
+from qjax.serving.settings import PRESETS, context_length
 from qjax.tokenizer import Tokenizer
 
 KV_TYPES = ("auto", "bf16", "fp8_e5m2", "fp8_e4m3", "int8", "int4")
@@ -48,6 +50,9 @@ examples
   A file of prompts, weights and KV cache in FP8, results in a file:
     python scripts/serve.py --model Qwen/Qwen3-8B --preset throughput \\
       --prompts prompts.jsonl --output results.jsonl --max-new-tokens 256
+  GPTQ on your own text, kept for the next time:
+    python scripts/serve.py --model DIR --quantization gptq --calibration-data text.txt \\
+      --prompt "The old house"
   Sampled answers of a chat model, the MLP output projections unquantized:
     python scripts/serve.py --model DIR --chat --prompt "Why is the sky blue?" \\
       --quantization int8 --skip-layers '.*/down_proj/kernel' --temperature 0.7 --top-p 0.9
@@ -92,7 +97,21 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--quantization",
         metavar="FORMAT",
-        help=f"weight format (default: none): {', '.join(FORMATS)}",
+        help=f"weight format (default: none): {', '.join(FORMATS)}; or a calibration method, alone "
+        "or as METHOD:FORMAT, such as gptq, awq, autoround, gptq:int4_g32: an unquantized model is "
+        "then calibrated before the first use",
+    )
+    add(
+        "--calibration-data",
+        type=Path,
+        metavar="FILE",
+        help="text to calibrate on, as of scripts/quantize.py (default: the model writes it)",
+    )
+    add(
+        "--calibration-cache",
+        type=Path,
+        metavar="DIR",
+        help=f"where calibrated models are kept (default: {default_cache()})",
     )
     add(
         "--skip-layers",
@@ -207,6 +226,14 @@ def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
     return prompts
 
 
+def static_kv_dtype(choices: ModelChoices) -> str | None:
+    """Type to calibrate static KV cache scales for, if they are asked for."""
+    if choices.kv_scale_mode != "static":
+        return None
+    chosen = parse_kv_format(choices.kv_cache_dtype, mode="static", model_dtype="bfloat16")
+    return chosen.dtype if chosen.quantized else None
+
+
 class Printer:
     """Prints results in input order, each as soon as all before it are done."""
 
@@ -251,7 +278,14 @@ def generate(args: argparse.Namespace) -> None:
     """The whole job; everything that can be wrong with the input is found before weights load."""
     preset = PRESETS[args.preset or "research"]
     args.quantization = args.quantization or preset.quantization
-    check_weight_format(args.quantization, args.model or bundled_model_path())
+    calibration = parse_calibration(args.quantization)
+    if calibration is None:
+        parse_format(args.quantization)
+        if args.calibration_data is not None:
+            raise ValueError(
+                f"--calibration-data has no use with --quantization {args.quantization}; it goes "
+                "with gptq, awq and the like"
+            )
     args.kv_cache_dtype = args.kv_cache_dtype or preset.kv_cache_dtype
     choices = ModelChoices(
         **{f.name: getattr(args, f.name) for f in dataclasses.fields(ModelChoices)}
@@ -286,6 +320,18 @@ def generate(args: argparse.Namespace) -> None:
         prefix_cache=not args.disable_radix_cache,
         kv_counters=True if args.kv_stats or args.export_kv_scales else None,
     )
+    if calibration is not None:
+        folder = calibrated_folder(
+            folder,
+            args.quantization,
+            text=args.calibration_data,
+            skip=choices.skip_layers,
+            kv_dtype=static_kv_dtype(choices) if kv_scales is None else None,
+            cache=args.calibration_cache,
+            say=lambda line: note(args, line),
+            progress=not args.quiet,
+        )
+        choices = dataclasses.replace(choices, quantization="none", skip_layers=None)
 
     streaming = args.output is None and len(jobs) == 1
 

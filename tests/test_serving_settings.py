@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import shlex
-
 import numpy as np
 import pytest
 
@@ -9,8 +7,7 @@ from qjax.checkpoints.reader import KVScales
 from qjax.kv_format import KVFormat
 from qjax.serving.report import format_bytes
 from qjax.serving.results import json_line
-from qjax.serving.settings import check_weight_format, kv_formats, parse_layers
-from scripts import quantize
+from qjax.serving.settings import kv_formats, parse_layers
 
 ONES = tuple(np.ones(2, np.float32) for _ in range(3))
 SCALES = KVScales(ONES, ONES, "float8_e4m3fn")
@@ -58,22 +55,6 @@ def test_skipped_layers_keep_the_model_type_and_have_no_scales():
 def test_what_cannot_be_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         formats(*arguments)
-
-
-def test_calibration_methods_are_no_formats_and_the_command_is_named():
-    command = (
-        "run `python scripts/quantize.py --model 'My Models/A B' --method awq --format int4 "
-        "--text FILE --output 'A B-awq'`"
-    )
-    with pytest.raises(ValueError) as error:
-        check_weight_format("awq", "My Models/A B")
-    assert command in str(error.value)
-    arguments = shlex.split(command.removeprefix("run ").strip("`"))[2:]
-    assert quantize.build_parser().parse_args(arguments).model == "My Models/A B"
-    with pytest.raises(ValueError, match="gptq --format int4 .* --output Qwen3-8B-gptq"):
-        check_weight_format("gptq", "Qwen/Qwen3-8B")
-    for name in ("int4", "none"):
-        check_weight_format(name, "model")
 
 
 def test_layer_lists():

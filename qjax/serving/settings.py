@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax.numpy as jnp
 
 from qjax.checkpoints.reader import KVScales
-from qjax.formats import parse_format
 from qjax.kv_cache import StaticScales
 from qjax.kv_format import KVFormat, parse_kv_format
 from qjax.models.config import ModelConfig
@@ -39,35 +36,6 @@ PRESETS: dict[str, Preset] = {
     "edge": Preset("int4", "auto", "INT4 weights: smallest"),
     "research": Preset("none", "auto", "nothing quantized: the reference"),
 }
-
-
-# Methods that other servers take for a weight format, and the format each is mostly used with.
-_CALIBRATIONS = {"gptq": "int4", "awq": "int4", "smoothquant": "w8a8_int8"}
-
-
-def check_weight_format(name: str, model: str | Path) -> None:
-    """Refuse names that are no weight format.
-
-    Args:
-      name: What the user asks for.
-      model: Folder or hub id of the model, for the message.
-
-    Raises:
-      ValueError: If the name is not known. Of a calibration method it says the command that
-        quantizes this model with it.
-    """
-    if name in _CALIBRATIONS:
-        output = f"{Path(model).name}-{name}"
-        command = (
-            f"python scripts/quantize.py --model {shlex.quote(str(model))} --method {name} "
-            f"--format {_CALIBRATIONS[name]} --text FILE --output {shlex.quote(output)}"
-        )
-        raise ValueError(
-            f"{name!r} is a way to calibrate, not a format; run `{command}` with a FILE of text "
-            f"like what the model is used for, and serve {output}. A checkpoint that is quantized "
-            "already needs no --quantization"
-        )
-    parse_format(name)
 
 
 def kv_formats(

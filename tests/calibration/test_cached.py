@@ -1,0 +1,138 @@
+"""serve.py --quantization gptq: calibrates, keeps the result, finds it again."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from qjax.calibrate import Settings, cached, calibrate_checkpoint
+from qjax.checkpoints.export import save_model
+from qjax.checkpoints.hf import load_model
+from qjax.formats import INT4_G32
+from qjax.models.config import ModelConfig
+from scripts import serve
+
+CONFIG = ModelConfig(
+    vocab_size=256,
+    hidden_size=32,
+    intermediate_size=32,
+    num_layers=1,
+    num_q_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+    dtype="float32",
+)
+
+SHORT = ["--max-new-tokens", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    rng = np.random.default_rng(0)
+
+    def kernel(k: int, n: int) -> dict[str, Any]:
+        return {"kernel": (0.2 * rng.normal(size=(k, n))).astype(np.float32)}
+
+    norm = {"weight": np.ones(32, np.float32)}
+    layer = {
+        "input_layernorm": norm,
+        "post_attention_layernorm": norm,
+        "self_attn": {name: kernel(32, 32) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+        "mlp": {name: kernel(32, 32) for name in ("gate_proj", "up_proj", "down_proj")},
+    }
+    embedding = {"embedding": rng.normal(size=(256, 32)).astype(np.float32)}
+    params = {"model": {"embed_tokens": embedding, "layers_0": layer, "norm": norm}}
+    save_model(folder, CONFIG, params, "none", progress=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))
+    return folder
+
+
+def test_serve_calibrates_once(
+    model: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def quick(
+        source: pathlib.Path, output: pathlib.Path, settings: Settings, _: Any, **__: Any
+    ) -> None:
+        assert settings.method == "awq"
+        calibrate_checkpoint(source, output, Settings(settings.fmt, "rtn"), None, progress=False)
+
+    monkeypatch.setattr(cached, "calibrate_checkpoint", quick)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    cache = tmp_path / "cache"
+    flags = ["--model", str(model), "--prompt", "a", *SHORT]
+    flags += ["--quantization", "awq:int4_g32", "--calibration-cache", str(cache)]
+    flags += ["--calibration-data", str(text)]
+    assert serve.main(flags) == 0
+    first = capsys.readouterr()
+    assert first.out and f"calibrating tiny with awq for int4_g32, on {text}" in first.err
+    (made,) = cache.iterdir()
+    assert made.name.startswith("tiny-awq-int4_g32-")
+    kernel = load_model(made, progress=False).params["model"]["layers_0"]["mlp"]["up_proj"]
+    assert kernel["kernel"].fmt == INT4_G32
+
+    lines: list[str] = []
+    found = cached.calibrated_folder(
+        model, "awq:int4_g32", text=text, cache=cache, say=lines.append, progress=False
+    )
+    assert found == made and lines == [f"using {made}, calibrated before"]
+
+
+def test_the_key_follows_model_method_and_text(
+    model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[pathlib.Path, Any]] = []
+
+    def calibrate(source: Any, output: pathlib.Path, settings: Any, samples: Any, **_: Any) -> None:
+        output.mkdir()
+        made.append((output, samples))
+
+    monkeypatch.setattr(cached, "calibrate_checkpoint", calibrate)
+    text = tmp_path / "text.txt"
+    for content in ("some words", "other words"):
+        text.write_text(content)
+        for name in ("gptq", "awq", "gptq:int8", "gptq"):
+            cached.calibrated_folder(model, name, text=text, cache=tmp_path / "c")
+    cached.calibrated_folder(model, "gptq", text=text, kv_dtype="int8", cache=tmp_path / "c")
+    assert len({path for path, _ in made}) == len(made) == 7
+    cached.calibrated_folder(model, "gptq", cache=tmp_path / "c")
+    tokens, valid = made[-1][1]  # written by the model itself
+    assert tokens.shape == (64, 64) and valid.all() and len(np.unique(tokens[:, 5])) > 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--quantization", "smoothquant:int4"], "smoothquant is for formats that quantize act"),
+        (["--quantization", "gptq:int5"], "unknown"),
+        (["--quantization", "gptq", "--calibration-data", "nowhere.txt"], "nowhere.txt"),
+        (["--quantization", "int4", "--calibration-data", "x"], "has no use with --quantization"),
+        (["--quantization", "gtpq"], "unknown"),
+    ],
+)
+def test_refusals(
+    flags: list[str],
+    message: str,
+    model: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cache = ["--calibration-cache", str(tmp_path / "cache")]
+    assert serve.main(["--model", str(model), "--prompt", "a", *SHORT, *flags, *cache]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "cache").exists()
