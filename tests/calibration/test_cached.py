@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from qjax.calibrate import Settings, cached, calibrate_checkpoint
-from qjax.checkpoints.export import save_model
 from qjax.checkpoints.hf import load_model
 from qjax.formats import INT4_G32
-from qjax.models.config import ModelConfig
 from scripts import serve
-
-CONFIG = ModelConfig(
-    vocab_size=256,
-    hidden_size=32,
-    intermediate_size=32,
-    num_layers=1,
-    num_q_heads=2,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-    tie_word_embeddings=True,
-    dtype="float32",
-)
+from tests.calibration.tiny import write_model
 
 SHORT = ["--max-new-tokens", "2"]
 
@@ -36,27 +20,7 @@ SHORT = ["--max-new-tokens", "2"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    rng = np.random.default_rng(0)
-
-    def kernel(k: int, n: int) -> dict[str, Any]:
-        return {"kernel": (0.2 * rng.normal(size=(k, n))).astype(np.float32)}
-
-    norm = {"weight": np.ones(32, np.float32)}
-    layer = {
-        "input_layernorm": norm,
-        "post_attention_layernorm": norm,
-        "self_attn": {name: kernel(32, 32) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
-        "mlp": {name: kernel(32, 32) for name in ("gate_proj", "up_proj", "down_proj")},
-    }
-    embedding = {"embedding": rng.normal(size=(256, 32)).astype(np.float32)}
-    params = {"model": {"embed_tokens": embedding, "layers_0": layer, "norm": norm}}
-    save_model(folder, CONFIG, params, "none", progress=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))
+    write_model(folder, layers=1)
     return folder
 
 
