@@ -22,6 +22,7 @@ SERIALIZED = "instructions are serialized"
 
 
 def _missing() -> str | None:
+    """Why nothing can be compiled here; None if it can."""
     if JAX_VERSION < MOSAIC_GPU_MIN_JAX:
         return "the kernels are for jax 0.11.2 and later"
     # The folder of plugins is there if any is; its absence makes find_spec raise.

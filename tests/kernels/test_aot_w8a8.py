@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -39,10 +40,10 @@ def _needs_compiler() -> None:
         pytest.skip(reason)
 
 
-def _compile(problems: list[tuple[Problem, Config]]) -> list[str]:
-    """What is wrong with each problem, one line for each finding."""
+def compile_all(module: str, problems: list[tuple[Any, Any]]) -> list[str]:
+    """What a module that compiles finds wrong with each problem and config, a line each."""
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.aot_w8a8"],
+        [sys.executable, "-m", module],
         input=json.dumps([tuple(map(dataclasses.asdict, pair)) for pair in problems]),
         capture_output=True,
         text=True,
@@ -61,6 +62,10 @@ def _compile(problems: list[tuple[Problem, Config]]) -> list[str]:
         serialized = [text for text in report["warnings"] if SERIALIZED in text]
         findings += [f"{name}: {text}" for text in serialized]
     return findings
+
+
+def _compile(problems: list[tuple[Problem, Config]]) -> list[str]:
+    return compile_all("tests.kernels.aot_w8a8", problems)
 
 
 def _shipped(rows: tuple[int, ...]) -> Iterator[tuple[Problem, Config]]:

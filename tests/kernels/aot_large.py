@@ -1,0 +1,60 @@
+"""Compile the weight-only kernel for many rows for sm_90a without a GPU: ``aot`` for that kernel.
+
+``python -m tests.kernels.aot_large < problems.json`` prints one JSON line per problem.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from tests.kernels.aot import Report, compile_program, target_sharding
+
+
+def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
+    """Lower and compile one ``Problem`` with one ``weight_only_large.Config``."""
+    import jax
+    import jax.numpy as jnp
+
+    from qjax.pallas_kernels import _layout, weight_only_large
+
+    p = problem
+
+    def shape(dims: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
+
+    arguments = {
+        "x": shape((p.m, p.k), p.compute),
+        "words": shape(_layout.words_shape(p.k, p.n, p.bits), "int32"),
+        "scales": None,
+        "column": shape((p.n,), "float32"),
+    }
+    if p.group_size is not None:
+        dims = (p.k // p.group_size, 2 if p.zero_point else 1, p.n)
+        arguments["scales"] = shape(dims, weight_only_large.stored_dtype(p.compute))
+    if p.compute != "bfloat16":
+        arguments["row_scale"] = shape((p.m,), "float32")
+
+    def product(arguments: dict[str, Any]) -> Any:
+        out_dtype = jnp.float32 if p.out_itemsize == 4 else jnp.bfloat16
+        return weight_only_large.matmul(
+            **arguments, kind=p.kind, config=config, out_dtype=out_dtype
+        )
+
+    return compile_program(product, arguments)
+
+
+def main() -> None:
+    """Read a JSON list of (problem, config) from standard input; write a report for each."""
+    sharding = target_sharding()
+    from qjax.pallas_kernels.weight_only_large import Config, Problem
+
+    for problem, config in json.load(sys.stdin):
+        report = compile_problem(Problem(**problem), Config(**config), sharding)
+        print(json.dumps(dataclasses.asdict(report)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The weight-only kernel for many rows compiled ahead of time: no spills, nothing serialized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from qjax.pallas_kernels.weight_only_large import Config, Problem, heuristic_config
+from tests.kernels.problems import SHAPES
+from tests.kernels.test_aot import _missing
+from tests.kernels.test_aot_w8a8 import compile_all
+
+E4M3 = "float8_e4m3fn"
+# Kind, group size, zero point, compute.
+WEIGHTS: list[tuple[str, int | None, bool, str]] = [
+    ("int4", 128, False, "bfloat16"),
+    ("int4", 32, True, "bfloat16"),
+    ("int4", 128, True, "float16"),
+    ("int4", 128, False, "int8"),
+    ("int4", None, False, "int8"),
+    ("int8", None, False, "bfloat16"),
+    (E4M3, 128, False, "bfloat16"),
+    (E4M3, None, False, "bfloat16"),
+]
+# The widest tiles that registers allow, whole and cut at the edge.
+BRANCHES: list[tuple[Problem, Config]] = [
+    (Problem(4096, 4096, 28672, "int4", 128, False, "bfloat16"), Config(160, 6, 2)),
+    (Problem(4096, 4096, 4096, "int4", 64, True, "bfloat16"), Config(160, 5)),
+    (Problem(4096, 4096, 4096, "int4", 32, True, "bfloat16"), Config(160, 5, 2)),
+    (Problem(4096, 4096, 4096, "int4", 32, True, "float16"), Config(256, 4, 2)),
+    (Problem(4096, 14336, 4096, "int4", 128, False, "int8"), Config(160, 4, 2)),
+    (Problem(4096, 14336, 4096, "int4", None, False, "int8"), Config(256, 4)),
+    (Problem(4096, 4096, 4096, "int8", None, False, "bfloat16"), Config(256, 4, 2)),
+    (Problem(100, 4096, 4096, "int8", 128, False, "bfloat16"), Config(104, 8, splits=4)),
+    (Problem(4096, 4096, 4096, "float8_e5m2", 128, False, "bfloat16"), Config(160, 5)),
+    (Problem(4096, 4096, 4096, E4M3, None, False, "float16", 4), Config(240, 4)),
+]
+
+
+@pytest.fixture(autouse=True)
+def _needs_compiler() -> None:
+    reason = _missing()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def _shipped(rows: tuple[int, ...]) -> Iterator[tuple[Problem, Config]]:
+    """Every distinct program that the heuristic chooses; loop bounds make no difference."""
+    seen = set()
+    for kind, group_size, zero_point, compute in WEIGHTS:
+        for m in rows:
+            for k, n in SHAPES.values():
+                problem = Problem(m, k, n, kind, group_size, zero_point, compute)
+                config = heuristic_config(problem)
+                key = kind, group_size, compute, config
+                if key not in seen:
+                    seen.add(key)
+                    yield problem, config
+
+
+def test_every_branch() -> None:
+    assert not compile_all("tests.kernels.aot_large", BRANCHES)
+
+
+@pytest.mark.slow
+def test_every_shipped_config() -> None:
+    assert not compile_all("tests.kernels.aot_large", list(_shipped((65, 128, 512, 4096))))
