@@ -9,6 +9,7 @@ from typing import Any
 from qjax.checkpoints.auto_round import auto_round_reader
 from qjax.checkpoints.awq import AwqReader
 from qjax.checkpoints.compressed_tensors import CompressedTensorsReader
+from qjax.checkpoints.detect import config_from_tensors
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.fp8 import Fp8Reader
 from qjax.checkpoints.gptq import GptqReader
@@ -33,8 +34,7 @@ READERS: tuple[ReaderFactory, ...] = (
 _CONFIG_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 # Tensors that no plain checkpoint has, and whose they probably are: one of these without a
-# quantization config stops the load. Bits, groups and zero points cannot be told from tensors, so
-# nothing is guessed.
+# quantization config, and with shapes that do not tell one, stops the load. Nothing is guessed.
 _TRACES = {
     ".weight_packed": "compressed-tensors",
     ".weight_scale_inv": "HF fp8",
@@ -60,6 +60,8 @@ def find_reader(
       CheckpointError: If it is quantized and no reader takes it, or a reader refuses an option.
     """
     quantization, file = quantization_config(folder, config)
+    if not quantization:
+        quantization, file = config_from_tensors(tensors), "(config told by the tensors)"
     if not quantization:
         _refuse_traces(folder, tensors)
         return None
@@ -108,7 +110,8 @@ def _refuse_traces(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
             if name.endswith(suffix):
                 raise CheckpointError(
                     f"{folder} holds quantized tensors ({name}, {info.dtype} {info.shape}; {method}"
-                    " by its name) but no quantization config; looked for quantization_config in "
+                    " by its name) but no quantization config, and their shapes do not tell one; "
+                    "looked for quantization_config in "
                     f"config.json and for {', '.join(_CONFIG_FILES)}"
                 )
     for name, info in tensors.items():
