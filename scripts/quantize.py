@@ -45,9 +45,9 @@ calibration text
   <|endoftext|> separates documents. It should look like what the model will be used for.
 
 output
-  A checkpoint folder with calibration_report.json and calibration_report.md in it. Finished blocks
-  wait in .OUTPUT.calibration beside it: after an interruption the same command goes on from there,
-  and ends with the same bytes.
+  A checkpoint folder with calibration_report.json, .md and (with matplotlib) .png in it. Finished
+  blocks wait in .OUTPUT.calibration beside it: after an interruption the same command goes on from
+  there, and ends with the same bytes.
 """
 
 

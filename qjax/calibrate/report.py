@@ -1,4 +1,4 @@
-"""What a calibration run reports: JSON for programs, Markdown for people."""
+"""What a calibration run reports: JSON for programs, Markdown and a picture for people."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qjax._files import write_text_atomic
+from qjax._files import replacing, write_text_atomic
 from qjax.calibrate.block import LayerResult
 
 JSON_NAME = "calibration_report.json"
 MARKDOWN_NAME = "calibration_report.md"
+PNG_NAME = "calibration_report.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,9 @@ class Report:
                 f"| {name} | {x.format} | {x.error_rtn:.4g} | {x.error:.4g} | {share} | {damping} "
                 f"| {'; '.join(notes)} |"
             )
+        alone = [x for x in self.layers if x.format is None]
+        noted = [x for x in self.layers if x.format is not None and x.note]
+        lines += ["", f"Left alone: {len(alone)} layers. Too few tokens: {len(noted)} layers."]
         if any(self.learned):
             lines += ["", "Relative error of the block's output before and behind learning:", ""]
             lines += ["| block | stages |", "|---|---|"]
@@ -90,9 +94,44 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Write both files into a folder."""
+        """Write JSON and Markdown into a folder and, where matplotlib is installed, a picture."""
         write_text_atomic(folder / JSON_NAME, json.dumps(self.to_json(), indent=2) + "\n")
         write_text_atomic(folder / MARKDOWN_NAME, self.to_markdown())
+        plot_errors(self.layers, folder / PNG_NAME)
+
+
+def plot_errors(layers: Sequence[LayerResult], path: Path) -> bool:
+    """Errors of RTN and of what was chosen, layer by layer; False if there is nothing to plot with.
+
+    That is without matplotlib (``pip install 'qjax[plot]'``), or if no error was measured.
+    """
+    measured = [x for x in layers if x.error is not None and x.error_rtn is not None]
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    if not measured:
+        return False
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    kinds = dict.fromkeys(x.path.split("/")[-2] for x in measured)
+    for index, kind in enumerate(kinds):
+        places = [i for i, x in enumerate(measured) if x.path.split("/")[-2] == kind]
+        for name, marker in (("error_rtn", "x"), ("error", "o")):
+            heights = [getattr(measured[i], name) for i in places]
+            label = kind if marker == "o" else None
+            axes.plot(places, heights, marker, color=f"C{index}", markersize=4, label=label)
+    axes.set_xlabel("layer in the order of the model")
+    axes.set_ylabel("relative output error (x: RTN, o: chosen)")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    with replacing(path) as temporary:
+        # Without the version of matplotlib: equal runs write equal bytes.
+        figure.savefig(temporary, dpi=120, metadata={"Software": None})
+    return True
 
 
 def mean_ratio(layers: Sequence[LayerResult]) -> float | None:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from qjax.calibrate import Settings, calibrate_checkpoint, sample_tokens
-from qjax.calibrate.block import scale_channels
+from qjax.calibrate.block import LayerResult, scale_channels
 from qjax.calibrate.linears import GROUPS, Batch, run_block
+from qjax.calibrate.report import plot_errors
 from qjax.calibrate.store import BlockStore
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.export import save_model
@@ -118,6 +119,20 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     table = json.loads((tmp_path / "again" / "calibration_report.json").read_text())
     assert table["layers"][0]["path"] == "model/layers_0/self_attn/q_proj/kernel"
     assert "| model/layers_0/self_attn/q_proj |" in report.to_markdown()
+    few = dataclasses.replace(report.layers[0], note="only 3 tokens for 8 channels")
+    alone = dataclasses.replace(report.layers[1], format=None, note="left alone by a rule")
+    text = dataclasses.replace(report, layers=[few, alone], learned=[[(0.5, 0.25)]]).to_markdown()
+    assert "Left alone: 1 layers. Too few tokens: 1 layers." in text
+    assert "| 0 | 0.5 to 0.25 |" in text
+
+
+def test_the_picture_is_the_same_every_time(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    layers = [LayerResult(f"a/{name}/kernel", "int4", 0.2, 0.1) for name in ("x", "y")]
+    for name in ("1.png", "2.png"):
+        assert plot_errors(layers, tmp_path / name)
+    assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
+    assert not plot_errors([LayerResult("a/x/kernel", None)], tmp_path / "3.png")
 
 
 def test_target_bits_choose_formats_which_are_written(
