@@ -13,8 +13,8 @@ from qjax.ops._prefill import prefill_unsupported_reason
 from qjax.pallas_kernels import paged_decode
 from qjax.typing import Array
 
-# Whether the decode kernel runs without being asked for, where it can. Not in processes with several
-# devices: XLA cannot cut a kernel up, and would gather a cache that lies on all of them.
+# Whether the decode kernel runs without being asked for, where it can. Not in processes with more
+# than one device: XLA cannot cut a kernel up, and would gather a cache that lies on all of them.
 _KERNEL_BY_DEFAULT = True
 # The same of cuDNN for chunks of consecutive tokens.
 _CUDNN_BY_DEFAULT = False

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
-from qjax.pallas_kernels import _paged_tile, _ptx
+from qjax.pallas_kernels import _paged_finish, _paged_queries, _paged_tile, _ptx
 from qjax.pallas_kernels._paged_sizes import Tile
 from qjax.pallas_kernels._paged_tile import State
 from qjax.typing import Array
@@ -88,7 +88,7 @@ class Emitted:
                 address = p.address(_ptx.global_address(scales[0]), _scalar(head), 4)
                 scale = p.load_global(address, out="f")
             at = _ptx.global_address(queries)
-            loaded, factors = _paged_tile.load_queries(p, tile, at, _scalar(row), scale)
+            loaded, factors = _paged_queries.load_queries(p, tile, at, _scalar(row), scale)
             state = State.start(p, tile).registers()
             return _pack(loaded, jnp.int32), _pack(factors, jnp.float32), _pack(state, jnp.float32)
 
@@ -162,7 +162,7 @@ class Emitted:
             if "value_scales" in at:
                 address = p.address(at["value_scales"], _scalar(head), 4)
                 scale = p.load_global(address, out="f")
-            _paged_tile.finish(
+            _paged_finish.finish(
                 p,
                 tile,
                 State.of(tile, _unpack(state)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
@@ -19,6 +20,11 @@ Value = Any
 
 _TYPES = {"r": "i32", "f": "f32", "l": "i64"}
 _CONSTRAINTS = {name: letter for letter, name in _TYPES.items()}
+
+
+def float_bits_of(x: float) -> int:
+    """Bits of the nearest float32."""
+    return int(np.float32(x).view(np.uint32))
 
 
 class Ptx:
@@ -115,6 +121,16 @@ class Ptx:
         text = "{ .reg .pred p; setp.lt.u32 p, $1, $2; selp.f32 $0, $3, $4, p; }"
         return self._one(text, x, limit, yes, no, out="f")
 
+    def choose_below(self, x: Value, limit: Value | int, yes: Value, no: Value) -> Value:
+        """Integer ``yes if x < limit else no``; compared without sign."""
+        text = "{ .reg .pred p; setp.lt.u32 p, $1, LIMIT; selp.b32 $0, $2, $3, p; }"
+        if isinstance(limit, int):
+            return self._one(text.replace("LIMIT", f"{limit:#x}"), x, yes, no)
+        return self._one(text.replace("LIMIT", "$4"), x, yes, no, limit)
+
+    def max_signed(self, x: Value, y: Value) -> Value:
+        return self._one("max.s32 $0, $1, $2;", x, y)
+
     # --- floats -----------------------------------------------------------------------------------
 
     def number(self, bits: int) -> Value:
@@ -135,6 +151,29 @@ class Ptx:
 
     def fmul(self, x: Value, y: Value) -> Value:
         return self._one("mul.f32 $0, $1, $2;", x, y, out="f")
+
+    def divide(self, x: Value, y: Value) -> Value:
+        """Rounded to the nearest."""
+        return self._one("div.rn.f32 $0, $1, $2;", x, y, out="f")
+
+    def clamp(self, x: Value, limit: float) -> Value:
+        low, high = self.number(float_bits_of(-limit)), self.number(float_bits_of(limit))
+        return self._one("min.f32 $0, $1, $2;", self.fmax(x, low), high, out="f")
+
+    def round(self, x: Value) -> Value:
+        return self._one("cvt.rni.f32.f32 $0, $1;", x, out="f")
+
+    def to_float(self, x: Value) -> Value:
+        return self._one("cvt.rn.f32.s32 $0, $1;", x, out="f")
+
+    def to_integer(self, x: Value) -> Value:
+        """The nearest integer, ties to even."""
+        return self._one("cvt.rni.s32.f32 $0, $1;", x)
+
+    def to_f8(self, low: Value, high: Value, kind: str) -> Value:
+        """Two float32 as ``"e4m3"`` or ``"e5m2"``, saturating, in the low half of a register."""
+        text = f"{{ .reg .b16 h; cvt.rn.satfinite.{kind}x2.f32 h, $2, $1; cvt.u32.u16 $0, h; }}"
+        return self._one(text, low, high)
 
     def fma(self, x: Value, y: Value, z: Value) -> Value:
         return self._one("fma.rn.f32 $0, $1, $2, $3;", x, y, z, out="f")
@@ -174,6 +213,11 @@ class Ptx:
             f"mov.b32 c, {constant * 0x10001:#x}; fma.rn.f16x2 $0, $1, a, c; }}"
         )
         return self._one(text, x)
+
+    def f16_to_floats(self, x: Value) -> list[Value]:
+        """The two float16 of a register as float32."""
+        text = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
+        return self.asm(text, "ff", x)
 
     def e4m3_to_f16(self, x: Value, half: int) -> Value:
         """The two fp8_e4m3 in half of a register as float16."""
@@ -242,6 +286,10 @@ class Ptx:
         """A 32-bit value that nothing writes while the kernel runs."""
         return self._one(f"ld.global.nc.b32 $0, [$1+{offset}];", address, out=out, memory=True)
 
+    def load_global_now(self, address: Value) -> Value:
+        """A 32-bit integer that this kernel may write."""
+        return self._one("ld.global.b32 $0, [$1];", address, memory=True)
+
     def load_global2(self, address: Value, offset: int = 0) -> list[Value]:
         """Two neighbouring ones."""
         text = f"ld.global.nc.v2.b32 {{$0, $1}}, [$2+{offset}];"
@@ -251,10 +299,7 @@ class Ptx:
         self, address: Value, value: Value, bits: int, x: Value, limit: Value | int
     ) -> None:
         """Stores the low bits of a register where ``x < limit``, compared without sign."""
-        what = "$1" if bits == 32 else "l"
-        split = "" if bits == 32 else ".reg .b16 l, h; mov.b32 {l, h}, $1; "
-        store = f"@p st.global.b{bits} [$0], {what};"
-        text = f"{{ .reg .pred p; {split}setp.lt.u32 p, $2, LIMIT; {store} }}"
+        text = f"{{ .reg .pred p; setp.lt.u32 p, $2, LIMIT; @p st.global.b{bits} [$0], $1; }}"
         if isinstance(limit, int):
             self.asm(text.replace("LIMIT", str(limit)), "", address, value, x, memory=True)
         else:

@@ -74,8 +74,8 @@ def compile_step(dtype: str, mode: str, tokens: int, sharding: Any) -> dict:
     """Memory of a program that appends to two layers of a donated cache and attends.
 
     Returns:
-      Bytes of the cache, of it that the program updates in place, of temporaries, and the
-      instructions that make a new array as large as a page pool.
+      Bytes of the cache, of it that the program updates in place, of temporaries, the instructions
+      that make a new array as large as a page pool, and the number of kernels.
     """
     import jax
     import jax.numpy as jnp
@@ -83,6 +83,7 @@ def compile_step(dtype: str, mode: str, tokens: int, sharding: Any) -> dict:
 
     from qjax.kv_cache import QuantizedKVCache
     from qjax.kv_format import KVFormat
+    from qjax.ops._append import append_by_kernel
     from qjax.ops._paged import decode_by_kernel
     from qjax.ops.kv import append
 
@@ -98,6 +99,7 @@ def compile_step(dtype: str, mode: str, tokens: int, sharding: Any) -> dict:
         pages_per_seq=32,
         fmt=KVFormat(dtype, mode),
         static_scales=[(ones, ones)] * 2 if mode == "static" else None,
+        counted=False,
     )
 
     def shape(x: Any) -> Any:
@@ -105,7 +107,8 @@ def compile_step(dtype: str, mode: str, tokens: int, sharding: Any) -> dict:
 
     def step(cache: Any, new: Any, q: Any, positions: Any, slots: Any, valid: Any) -> Any:
         for layer in (0, 1):
-            cache = append(cache, layer, new[0], new[1], positions, slots, valid)
+            put = append_by_kernel if tokens == 1 else append
+            cache = put(cache, layer, new[0], new[1], positions, slots, valid)
             if tokens == 1:
                 lengths = positions[:, 0] + 1
                 q = decode_by_kernel(q, cache, layer, positions, slots, lengths, 0.1, None)
@@ -133,6 +136,7 @@ def compile_step(dtype: str, mode: str, tokens: int, sharding: Any) -> dict:
         "in_place": memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "large": large,
+        "kernels": len(re.findall(r"(?m) (?:fusion|custom-call)\(", text[text.index("ENTRY") :])),
     }
 
 

@@ -103,6 +103,8 @@ class Model(Ptx):
     def _integer(self, op: str, names: list[str], registers: dict[str, np.ndarray]) -> None:
         base, kind = op.split(".")[0], op.split(".")[-1]
         dtype = {"f32": np.float32, "s64": np.uint64}.get(kind, np.uint32)
+        if op == "max.s32":
+            dtype = np.int32
         if kind == "s64":
             registers[names[0]] = registers[names[1]] + np.uint64(int(names[2]))
             return
@@ -121,12 +123,13 @@ class Model(Ptx):
                 "shr": lambda x, y: x >> y,
                 "and": lambda x, y: x & y,
                 "xor": lambda x, y: x ^ y,
-                "min": np.minimum,
+                "min": np.fmin if kind == "f32" else np.minimum,
+                "div": lambda x, y: (x.astype(np.float64) / y).astype(np.float32),
                 "max": np.fmax if kind == "f32" else np.maximum,
                 "fma": lambda x, y, z: (x.astype(np.float64) * y + z).astype(np.float32),
             }[base](*given)
 
-    _add = _sub = _mul = _shl = _shr = _and = _xor = _min = _max = _fma = _integer
+    _add = _sub = _mul = _shl = _shr = _and = _xor = _min = _max = _fma = _div = _integer
 
     def _mad(self, op: str, names: list[str], registers: dict[str, np.ndarray]) -> None:
         assert op == "mad.wide.u32"
@@ -146,7 +149,8 @@ class Model(Ptx):
         registers[names[0]] = x < y if ".lt." in op else x > y
 
     def _selp(self, op: str, names: list[str], registers: dict[str, np.ndarray]) -> None:
-        yes, no = self._get(names[1:3], registers, np.float32)
+        dtype = np.float32 if op.endswith("f32") else np.uint32
+        yes, no = self._get(names[1:3], registers, dtype)
         registers[names[0]] = np.where(registers[names[3]], yes, no)
 
     # --- floats -----------------------------------------------------------------------------------
@@ -164,7 +168,30 @@ class Model(Ptx):
             codes = np.ascontiguousarray(registers[names[1]])[:, None].view(np.uint8)
             registers[names[0]] = register(codes.view(ml_dtypes.float8_e4m3fn).astype("f4"), "f16")
             return
+        if op == "cvt.f32.f16":
+            half = np.ascontiguousarray(registers[names[1]])
+            registers[names[0]] = half.view(np.float16).astype(np.float32)
+            return
+        if op == "cvt.u32.u16":
+            registers[names[0]] = registers[names[1]].astype(np.uint32)
+            return
+        if op == "cvt.rni.f32.f32":
+            registers[names[0]] = np.rint(self._value(names[1], registers, np.float32))
+            return
+        if op == "cvt.rn.f32.s32":
+            whole = self._value(names[1], registers, np.int32)
+            registers[names[0]] = whole.astype(np.float32)
+            return
+        if op == "cvt.rni.s32.f32":
+            x = self._value(names[1], registers, np.float32)
+            registers[names[0]] = np.rint(x).astype(np.int32).view(np.uint32)
+            return
         high, low = self._get(names[1:], registers, np.float32)
+        if ".satfinite." in op:
+            kind, top = {"e4": ("float8_e4m3fn", 448), "e5": ("float8_e5m2", 57344)}[op[17:19]]
+            both = np.clip(np.stack([low, high], axis=1), -top, top).astype(np.dtype(kind))
+            registers[names[0]] = np.ascontiguousarray(both).view(np.uint16)[:, 0]
+            return
         dtype = op.removeprefix("cvt.rn.").removesuffix("x2.f32")
         registers[names[0]] = register(np.stack([low, high], axis=1), dtype)
 
@@ -244,8 +271,7 @@ class Model(Ptx):
         size = 2 if op.endswith("b16") else 4
         for i, name in enumerate(names[1].strip("{}").split(", ")):
             value = registers[name]
-            data = np.ascontiguousarray(value)[:, None].view(np.uint8)
-            assert data.shape[1] == size
+            data = np.ascontiguousarray(value)[:, None].view(np.uint8)[:, :size]
             for thread in np.flatnonzero(self.where):
                 place = at[thread] + size * i
                 memory[place : place + size] = data[thread]

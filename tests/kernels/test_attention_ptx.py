@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qjax.pallas_kernels import _paged_merge, _paged_sizes, _paged_tile
+from qjax.pallas_kernels import (
+    _paged_finish,
+    _paged_merge,
+    _paged_queries,
+    _paged_sizes,
+    _paged_tile,
+)
 from qjax.pallas_kernels._paged_sizes import Tile
 from qjax.pallas_kernels._paged_tile import State
 from tests.kernels.ptx_model import THREADS, Model
@@ -120,7 +126,7 @@ def run(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         return p.load_global(address(name), out="f") if case.head_scale else None
 
     row = p.integer(ROW)
-    queries, factors = _paged_tile.load_queries(
+    queries, factors = _paged_queries.load_queries(
         p, tile, address("queries"), row, scale_of("key_scale")
     )
     state = State.start(p, tile)
@@ -138,7 +144,7 @@ def run(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         state = State.of(tile, state.registers())
     assert p.conflicts == 0, "bank conflicts"
     out_dtype = np.dtype(case.out)
-    _paged_tile.finish(
+    _paged_finish.finish(
         p,
         tile,
         state,
@@ -199,12 +205,14 @@ def test_merge_of_splits(splits: int, dim: int) -> None:
     memory = np.zeros(1 << 19, np.uint8)
     memory[: parts.nbytes] = parts.reshape(-1).view(np.uint8)
     memory[1 << 18 : (1 << 18) + logs.nbytes] = logs.reshape(-1).view(np.uint8)
-    places = [np.full(THREADS, at, np.uint64) for at in (0, 1 << 18, 3 << 17)]
+    at_parts, at_logs, at_out = (np.full(THREADS, at, np.uint64) for at in (0, 1 << 18, 3 << 17))
     for row in range(ROWS):
         p = Model(np.zeros(16 * dim + 64, np.uint8), memory)
         _paged_merge.merge(
             p,
-            *places,
+            at_parts,
+            at_logs,
+            at_out,
             p.integer(0),
             p.integer(row),
             splits=splits,

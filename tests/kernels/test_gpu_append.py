@@ -1,0 +1,106 @@
+"""The append kernel on the GPU, against the XLA form of ``append``."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qjax._device import mosaic_gpu_unsupported_reason
+from qjax.kv_cache import QuantizedKVCache
+from qjax.kv_format import KVFormat
+from qjax.ops._append import append_by_kernel, append_unsupported_reason
+from qjax.ops.kv import append
+from tests.kernels.attention_problems import PLAIN, QUANTIZED
+
+pytestmark = pytest.mark.gpu
+
+SLOTS, PAGE, HEADS, STEPS = 16, 8, 5, 10
+
+
+@pytest.fixture(autouse=True)
+def _needs_hopper() -> None:
+    reason = mosaic_gpu_unsupported_reason()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def _cache(fmt: KVFormat, dim: int) -> QuantizedKVCache:
+    scales = np.linspace(0.005, 0.02, HEADS)
+    cache = QuantizedKVCache.init(
+        num_layers=1,
+        num_kv_heads=HEADS,
+        head_dim=dim,
+        num_pages=SLOTS * 2,
+        page_size=PAGE,
+        max_seqs=SLOTS,
+        pages_per_seq=2,
+        fmt=fmt,
+        static_scales=[(scales, scales[::-1])] if fmt.mode == "static" else None,
+        counted=False,
+        share_pages=True,
+    )
+    table = np.random.default_rng(0).permutation(SLOTS * 2).reshape(SLOTS, 2).astype(np.int32)
+    table[3, 1] = SLOTS * 2  # one page only
+    return cache.with_page_table(table)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("fmt", PLAIN + QUANTIZED, ids=lambda fmt: fmt.name)
+def test_the_same_as_append(fmt: KVFormat, dim: int) -> None:
+    dtype = "float16" if fmt.dtype == "float16" else "bfloat16"
+    rng = np.random.default_rng(dim)
+    by_xla, by_kernel = _cache(fmt, dim), _cache(fmt, dim)
+    if append_unsupported_reason(by_xla, 0, jnp.zeros((SLOTS, 1, HEADS, dim), dtype)) is not None:
+        assert fmt.packed and dim == 64
+        return
+    steps = [jax.jit(f, static_argnums=1, donate_argnums=0) for f in (append, append_by_kernel)]
+    slots = jnp.asarray(rng.permutation(SLOTS + 2)[:SLOTS], jnp.int32)  # some do not exist
+    for i in range(STEPS):
+        x = rng.normal(size=(2, SLOTS, 1, HEADS, dim))
+        x *= np.exp(rng.normal(size=(2, SLOTS, 1, HEADS, 1)))
+        x[0, 0, 0, 1, 3], x[1, 0, 0, 2, 5], x[1, 1, 0, 0, 7] = np.nan, np.inf, -np.inf
+        x[0, 1, 0, 3], x[1, 2, 0, 4], x[0, 2, 0, 0] = 0, np.inf, 1e-30
+        keys, values = (jnp.asarray(part, dtype) for part in x)
+        positions = jnp.full((SLOTS, 1), i, jnp.int32).at[4, 0].add(2 * PAGE - 4)
+        valid = jnp.asarray(rng.random((SLOTS, 1)) < 0.9)
+        arguments = 0, keys, values, positions, slots, valid
+        by_xla, by_kernel = (
+            step(cache, *arguments) for step, cache in zip(steps, (by_xla, by_kernel), strict=True)
+        )
+    for name in ("keys", "values", "key_scales", "value_scales", "running", "page_running"):
+        want, got = getattr(by_xla, name)[0], getattr(by_kernel, name)[0]
+        if want is None:
+            assert got is None
+            continue
+        assert got.dtype == want.dtype and got.shape == want.shape
+        different = np.asarray(got) != np.asarray(want)
+        # XLA may divide less exactly: a value half way between two codes may get the other one.
+        codes = fmt.quantized and name in ("keys", "values")
+        assert different.mean() <= (2e-4 if codes else 0), (name, different.mean())
+
+
+def test_two_runs_and_a_loop() -> None:
+    fmt, dim = KVFormat("int8", "tracked"), 128
+    rng = np.random.default_rng(1)
+    new = jnp.asarray(rng.normal(size=(STEPS, 2, SLOTS, 1, HEADS, dim)), jnp.bfloat16)
+    slots, valid = jnp.arange(SLOTS, dtype=jnp.int32), jnp.ones((SLOTS, 1), bool)
+
+    @jax.jit
+    def run(cache: QuantizedKVCache, new: jax.Array) -> QuantizedKVCache:
+        def step(i: jax.Array, cache: QuantizedKVCache) -> QuantizedKVCache:
+            positions = jnp.full((SLOTS, 1), i, jnp.int32)
+            return append_by_kernel(cache, 0, new[i, 0], new[i, 1], positions, slots, valid)
+
+        return jax.lax.fori_loop(0, STEPS, step, cache)
+
+    first, second = run(_cache(fmt, dim), new), run(_cache(fmt, dim), new)
+    one_by_one = _cache(fmt, dim)
+    step = jax.jit(append_by_kernel, static_argnums=1)
+    for i in range(STEPS):
+        positions = jnp.full((SLOTS, 1), i, jnp.int32)
+        one_by_one = step(one_by_one, 0, new[i, 0], new[i, 1], positions, slots, valid)
+    for other in (second, one_by_one):
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
+            assert (np.asarray(a) == np.asarray(b)).all()
