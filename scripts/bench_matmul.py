@@ -30,8 +30,10 @@ from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
 from qjax.formats import FORMATS, QuantFormat, parse_format
 from qjax.ops.dot import quantized_dot, unsupported_reason
 from qjax.ops.packed import (
+    PackedWeight,
     pack_for_mosaic,
     pack_unsupported_reason,
+    packed_config,
     packed_dot,
     packed_kernel,
 )
@@ -72,7 +74,8 @@ columns
   floor    the larger of bytes over memory rate and operations over matrix rate (data sheet), over
            the time
   vs bf16  time of bf16 on the xla backend over the time, same shape and rows
-  config   where the kernel's config comes from: its heuristic, or the best of --search
+  config   where the kernel's config comes from: the table of measured ones, its heuristic, or the
+           best of --search
 """
 
 
@@ -123,6 +126,7 @@ class Row:
     relative_error: float | None = None
     config: str | None = None
     config_source: str | None = None
+    details: str | None = None  # JSON: the kernel's name, problem and config, for autotune.py
     skipped: str | None = None
     error: str | None = None
 
@@ -242,13 +246,13 @@ def kernel_configs(x: jax.Array, w: Any, search: int) -> list[tuple[Any, str]]:
         others = others[:: max(1, len(others) // max(1, search))][:search]
         return [(best, "heuristic"), *((other, "search") for other in others)]
     kernel, problem = packed_kernel(x, w)
-    best = kernel.heuristic_config(problem)
+    best, source = packed_config(x, w)
     others = [config for config in kernel.search_space(problem) if config != best]
     if kernel is weight_only:
         # Evenly over the space, whose neighbours are alike; the others' is sorted.
         others = others[:: max(1, len(others) // max(1, search))]
     others = others[:search]
-    return [(best, "heuristic"), *((other, "search") for other in others)]
+    return [(best, source), *((other, "search") for other in others)]
 
 
 def time_one(
@@ -262,6 +266,14 @@ def time_one(
     """Check and time one config; a row with the error if that fails."""
     named = None if config is None else str(config)
     row = dataclasses.replace(row, config=named, config_source=source)
+    if config is not None and isinstance(weights[0], PackedWeight):
+        kernel, problem = packed_kernel(x, weights[0])
+        details = {
+            "kernel": kernel.__name__.rsplit(".", 1)[-1],
+            "problem": dataclasses.asdict(problem),
+            "config": dataclasses.asdict(config),
+        }
+        row = dataclasses.replace(row, details=json.dumps(details))
     try:
         return _time_one(args, row, x, weights, config)
     except Exception as error:  # whatever it is, it is a finding, and the other configs go on
@@ -338,7 +350,7 @@ def work(args: argparse.Namespace) -> None:
 def run_child(args: argparse.Namespace, name: str, backend: str) -> list[Row]:
     """Measure one format on one backend in a child process."""
     flags = flags_from(args, ("shapes", "rows", "search", "rotate_mb", "launches"))
-    flags += ["--formats", name, "--backends", backend]
+    flags += ["--formats", name, "--backends", backend, *(["--every"] if args.every else [])]
     found, reason = run_isolated(__file__, flags, args.time_limit)
     rows = [Row(**row) for row in found]
     measured = {(row.shape, row.m) for row in rows}

@@ -25,6 +25,7 @@ from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles
 from qjax.pallas_kernels import _codes, _layout, weight_only, weight_only_large
+from qjax.pallas_kernels.tuned import tuned_config
 from qjax.quantize import is_quantized
 from qjax.quantized_array import QuantizedArray, packed_nbytes
 from qjax.typing import Array, DType, PyTree
@@ -303,6 +304,21 @@ def packed_kernel(x: Array, w: PackedWeight, *, out_dtype: DType | None = None) 
     return (weight_only if problem.m <= weight_only.MAX_ROWS else weight_only_large), problem
 
 
+def packed_config(x: Array, w: PackedWeight, *, out_dtype: DType | None = None) -> tuple[Any, str]:
+    """The config with which ``packed_dot`` computes ``x @ w``, and whether it was measured.
+
+    Arguments as for ``packed_dot``.
+
+    Returns:
+      ``(config, "tuned" or "heuristic")``.
+    """
+    kernel, problem = packed_kernel(x, w, out_dtype=out_dtype)
+    config = tuned_config(kernel, problem)
+    if config is not None:
+        return config, "tuned"
+    return kernel.heuristic_config(problem), "heuristic"
+
+
 def packed_problem(
     x: Array, w: PackedWeight, *, out_dtype: DType | None = None
 ) -> weight_only.Problem:
@@ -340,7 +356,7 @@ def packed_dot(
       w: Packed weight ``(k, n)``.
       out_dtype: Result type; ``x.dtype`` by default.
       config: How the kernel cuts up the work, a ``Config`` of the module that ``packed_kernel``
-        names; its heuristic by default.
+        names; ``packed_config`` by default.
       keep_splits: See ``quantized_dot``.
       interpret: Run in the Pallas interpreter.
 
@@ -354,6 +370,8 @@ def packed_dot(
     if reason is not None:
         raise NotImplementedError(f"packed_dot: mosaic_gpu cannot run here: {reason}")
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    if config is None:
+        config, _ = packed_config(x, w, out_dtype=out_dtype)
     if w.fmt.activation is not None:
         out = _w8a8().dot(x, w, out_dtype=out_dtype, config=config, interpret=interpret)
         return out[None] if keep_splits else out
