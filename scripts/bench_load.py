@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from qjax._device import device_info
 from qjax.checkpoints.export import EXPORT_FORMATS, save_model
@@ -31,11 +32,12 @@ from qjax.checkpoints.layout import model_leaves
 from qjax.checkpoints.safetensors_io import SafetensorsCheckpoint
 from qjax.checkpoints.writer import Source, TensorSpec, write_json, write_tensors
 from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
-from qjax.formats import FORMATS, parse_format
+from qjax.formats import FORMATS, QuantFormat, parse_format
 from qjax.models.config import ModelConfig
 from qjax.quantize import quantized_nbytes
+from qjax.quantized_array import QuantizedArray
 from qjax.serving.report import format_bytes
-from qjax.serving.synthetic import SHAPES, random_params
+from qjax.serving.synthetic import SHAPES
 
 EPILOG = """\
 examples
@@ -108,15 +110,14 @@ def build_parser() -> argparse.ArgumentParser:
 def write_plain(folder: Path, config: ModelConfig) -> None:
     """A bf16 checkpoint of random weights, at the speed of the disk."""
     folder.mkdir()
-    values = np.random.default_rng(0).normal(size=2**22, scale=0.02)
-    values = values.astype(np.float32).astype(ml_dtypes.bfloat16)
+    dtype = np.dtype(ml_dtypes.bfloat16)
 
     def make(name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        return {name: np.resize(values, shape)}
+        return {name: random_values(shape)}
 
     sources = [
         Source(
-            {leaf.name: TensorSpec(values.dtype, leaf.stored_shape)},
+            {leaf.name: TensorSpec(dtype, leaf.stored_shape)},
             functools.partial(make, leaf.name, leaf.stored_shape),
         )
         for leaf in model_leaves(config)
@@ -134,7 +135,33 @@ def write(folder: Path, config: ModelConfig, stored: str) -> None:
     assert fmt is not None
     if stored in ("gptq", "awq"):
         fmt = fmt.replace(scale_dtype="float16")
-    save_model(folder, config, random_params(config, fmt), stored, progress=False)
+    params = {}
+    for leaf in model_leaves(config):
+        quantized = leaf.is_kernel and leaf.layer != "lm_head"
+        value: Any = random_weight(leaf.shape, fmt) if quantized else random_values(leaf.shape)
+        params[tuple(leaf.path.split("/"))] = value
+    save_model(folder, config, unflatten_dict(params), stored, progress=False)
+
+
+def random_values(shape: tuple[int, ...], dtype: Any = ml_dtypes.bfloat16) -> np.ndarray:
+    """Random numbers, repeated after a while: fast to make, and nothing here compresses them."""
+    values = np.random.default_rng(0).normal(size=2**20, scale=0.02).astype(np.float32)
+    return np.resize(values.astype(dtype), shape)
+
+
+def random_weight(shape: tuple[int, ...], fmt: QuantFormat) -> QuantizedArray:
+    """Random codes and scales on the host."""
+    counts = [-(-size // tile) for size, tile in zip(shape, fmt.tiles(shape, 0), strict=True)]
+    if fmt.is_int:
+        pool = np.random.default_rng(0).integers(int(fmt.qmin), int(fmt.qmax) + 1, 2**20)
+        codes = np.resize(pool.astype(np.int8), shape).astype(fmt.storage_dtype)
+    else:
+        codes = random_values(shape, fmt.storage_dtype)
+    parts: dict[str, Any] = {
+        "qvalue": codes,
+        "scale": np.full(counts, 0.01, fmt.scale_dtype),
+    }
+    return QuantizedArray.make(fmt=fmt, **parts)
 
 
 def read_seconds(files: Sequence[Path]) -> float:

@@ -7,7 +7,7 @@ import pytest
 
 from scripts import bench_load
 
-SMALL = ["--shape", "tiny", "--layers", "2", "--repeats", "1"]
+SMALL = ["--shape", "tiny", "--layers", "1", "--repeats", "1"]
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs Linux")
@@ -24,8 +24,9 @@ def test_a_child_measures_what_another_wrote(
     assert row.file_bytes is not None and row.result_bytes is not None and row.load_s
     assert row.load_gb_per_s == pytest.approx(row.file_bytes / row.load_s / 1e9)
     assert row.largest_tensor_bytes == 512 * 128 * 2
-    # Embedding and output layer stay bf16, the rest has about 4.5 bits.
-    assert 2 * row.largest_tensor_bytes < row.result_bytes < 0.52 * 853_248
+    # Embedding and output layer stay bf16, the rest has about 4.5 bits of 16.
+    rest = row.result_bytes - 2 * row.largest_tensor_bytes
+    assert 0.25 * 294_912 < rest < 0.35 * 294_912
     (line,) = bench_load.table([row])[2:]
     assert line.startswith(f"| {stored} | {name} | ") and line.count("|") == 10
 

@@ -346,7 +346,7 @@ def repairable(original: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(original, original.parent / "repairable"))
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.data())
 def test_any_damage(original: pathlib.Path, repairable: pathlib.Path, data: st.DataObject) -> None:
     """Cuts, flipped bits, changed bytes and lost files, several at once."""

@@ -121,10 +121,12 @@ def stored_parameter(value: Any, *, each: Each = map) -> Any:
 def _moved(array: Any, *, each: Each) -> Array:
     if isinstance(array, jax.Array):
         return array
-    if not _on_host() or array.dtype in _PACKED:
+    if array.dtype in _PACKED:
         return jax.device_put(array)
     if array.ndim == 2 and not array.flags.c_contiguous:
         return plain_parameter(array.T, array.dtype, transpose=True, each=each)
+    if not _on_host():
+        return jax.device_put(array)
     return jax.device_put(_adoptable(array) if _is_mapped(array) else array)
 
 
