@@ -79,7 +79,9 @@ def append_by_kernel(
         state["page_running"] = at_pages
     # The same for all layers of a step: XLA computes it once.
     plan = append_plan(cache, positions, slots, valid)
-    new = keys[:, 0], values[:, 0]
+    # One array, made together with the rotation of the keys. As a slice of a joined projection the
+    # values would become part of the kernel's call, which then is not known to work in place.
+    new = jnp.stack([keys[:, 0], values[:, 0]])
     state = _kv_append.call(_sizes(cache, layer, keys), new, plan, state, static)
     changed = {}
     for name, array in state.items():

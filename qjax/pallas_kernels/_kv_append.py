@@ -64,7 +64,7 @@ class Sizes:
 
 def call(
     sizes: Sizes,
-    new: Sequence[Array],
+    new: Array,
     plan: Array,
     state: dict[str, Array],
     static_scales: Sequence[Array],
@@ -73,7 +73,7 @@ def call(
 
     Args:
       sizes: Sizes and types.
-      new: Keys and values ``[b, heads, head_dim]``.
+      new: Keys and values ``[2, b, heads, head_dim]``.
       plan: int32 ``[b, 3]``: page (-1 to drop the token), place in the page, slot.
       state: ``keys`` and ``values``, pages as the cache holds them; ``key_scales`` and
         ``value_scales`` if they are stored; ``running`` and ``page_running`` as the format has.
@@ -82,7 +82,7 @@ def call(
     Returns:
       The new state.
     """
-    names = (*state, "new_keys", "new_values", "plan", "static_keys", "static_values")
+    names = (*state, "new", "plan", "static_keys", "static_values")
 
     def kernel(*refs: Any) -> None:
         @plgpu.inline_mgpu(
@@ -96,7 +96,8 @@ def call(
             places = {
                 name: _ptx.global_address(ref) for name, ref in zip(names, refs, strict=False)
             }
-            append(Ptx(), sizes, places, row.registers.item(), block.registers.item())
+            rows = new.shape[1]
+            append(Ptx(), sizes, places, rows, row.registers.item(), block.registers.item())
 
         emit(tuple(refs), lax.axis_index("row"), lax.axis_index("block"))
 
@@ -111,17 +112,20 @@ def call(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
         kernel_name=f"kv_append_{sizes.fmt.name}".replace("-", "_"),
-    )(*held.values(), *new, plan, *static_scales)
+    )(*held.values(), new, plan, *static_scales)
     return {name: jax.freeze(ref) for name, ref in held.items()}
 
 
-def append(p: Ptx, sizes: Sizes, places: dict[str, Value], row: Value, block: Value) -> None:
+def append(
+    p: Ptx, sizes: Sizes, places: dict[str, Value], rows: int, row: Value, block: Value
+) -> None:
     """What one thread does.
 
     Args:
       p: Where to emit.
       sizes: Sizes and types.
       places: Addresses; see ``call``.
+      rows: How many sequences.
       row: Which sequence.
       block: Which four heads.
     """
@@ -140,7 +144,8 @@ def append(p: Ptx, sizes: Sizes, places: dict[str, Value], row: Value, block: Va
     ended = p.choose_below(place, sizes.page_size - 1, p.integer(_DROPPED), once)
     source = p.mul(p.add(p.mul(row, heads), head), sizes.head_dim)
     for index, name in enumerate(("key", "value")):
-        x = _elements(p, sizes, places[f"new_{name}s"], source, lane)
+        x = _elements(p, sizes, places["new"], source, lane)
+        source = p.add(source, rows * heads * sizes.head_dim)
         sizes_of_x = [p.bits_and(p.float_bits(value), 0x7FFFFFFF) for value in x]
         scale, limit = None, None
         if fmt.mode == "none":

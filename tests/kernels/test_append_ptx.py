@@ -103,7 +103,7 @@ def run(
             arrays.pop("value_scales"),
         )
     written = [name for name in arrays if not name.startswith("static")]
-    arrays |= {"new_keys": new[0], "new_values": new[1], "plan": plan}
+    arrays |= {"new": new, "plan": plan}
     places, size = {}, 0
     for name, array in arrays.items():
         places[name] = size
@@ -118,7 +118,7 @@ def run(
         for block in range(-(-HEADS // 4)):
             p = Model(np.zeros(16, np.uint8), memory)
             at = {name: np.full(THREADS, place, np.uint64) for name, place in places.items()}
-            _kv_append.append(p, sizes, at, p.integer(row), p.integer(block))
+            _kv_append.append(p, sizes, at, SLOTS, p.integer(row), p.integer(block))
     result = {}
     for name in written:
         array = arrays[name]
