@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ KERNELS = r".*/layers_\d+/.*/kernel"
 def _params(config: ModelConfig, fmt: QuantFormat | None) -> Params:
     params = init_params(Decoder(config), 0)
 
-    def bias(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
+    def bias(path: Any, leaf: jax.Array) -> jax.Array:
         if path[-1].key != "bias":
             return leaf
         return jax.random.normal(jax.random.key(leaf.size), leaf.shape, leaf.dtype)

@@ -45,7 +45,7 @@ def _op(out_dtype: str, keep_splits: bool) -> Callable[[Array, Array], Array]:
             if not keep_splits:
                 return out
             # As many parts as the kernel has, so that the shape is what was promised.
-            splits = plain.heuristic_config(*x.shape, w.shape[1]).splits
+            splits = plain.heuristic_config(x.shape[0], x.shape[1], w.shape[1]).splits
             if splits == 1:
                 return out[None]
             k = x.shape[1] // splits

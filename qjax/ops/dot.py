@@ -34,8 +34,8 @@ def unsupported_reason(x: Array, w: Array | QuantizedArray | PackedWeight) -> st
         return "the kernels take packed weights; pack it first with qjax.pack_for_mosaic"
     if w.dtype != x.dtype:
         return f"{x.dtype} activations and a {w.dtype} weight; the kernel takes one type"
-    m = math.prod(x.shape[:-1])
-    return plain.unsupported_reason(m, *w.shape, x.dtype) or mosaic_gpu_unsupported_reason()
+    m, (k, n) = math.prod(x.shape[:-1]), w.shape
+    return plain.unsupported_reason(m, k, n, x.dtype) or mosaic_gpu_unsupported_reason()
 
 
 def quantized_dot(

@@ -216,7 +216,7 @@ def _load_weights(
 
 
 def _accumulate(
-    load: Callable[[Array], Array],
+    load: Callable[[Array], tuple[list[Array], list[Array]]],
     scratch: dict[str, Any],
     rows: int,
     steps: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any, cast
 
 import jax.numpy as jnp
 
@@ -37,7 +38,8 @@ def prepare_weights(
     if reason is None and dtype not in (jnp.bfloat16, jnp.float16):
         reason = f"the kernels take 16-bit activations and the model computes in {dtype}"
     pack = reason is None if pack is None else pack
-    model = params["model"]
+    root = cast(dict[str, Any], params)
+    model = root["model"]
     left: Counter[str] = Counter()
     for name in [name for name in model if name.startswith("layers_")]:
         layer = model.pop(name)
@@ -45,8 +47,8 @@ def prepare_weights(
             layer, notes = fuse_layer(layer)
             left.update(notes)
         model[name] = pack_tree(layer) if pack else layer
-    if pack and "lm_head" in params:
-        params["lm_head"] = pack_tree(params["lm_head"])
+    if pack and "lm_head" in root:
+        root["lm_head"] = pack_tree(root["lm_head"])
     return params, _describe(params, fuse, reason if not pack else None, left)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,13 +61,18 @@ def test_on_the_gpu(
     if reason is not None:
         pytest.skip(reason)
     operands = _operands(rng, rows, columns, splits, dtype)
-    run = jax.jit(lambda *a: add_rms_norm(*a, 1e-5, backend="mosaic_gpu"))
+    run = jax.jit(lambda r, d, w: add_rms_norm(r, d, w, 1e-5, backend="mosaic_gpu"))
     out, normed = run(*operands)
     _check(operands, out, normed)
     assert (normed == run(*operands)[1]).all()
-    grads = jax.grad(lambda *a: add_rms_norm(*a, 1e-5)[1].astype(jnp.float32).sum(), (0, 1, 2))
-    xla = jax.grad(
-        lambda *a: add_rms_norm(*a, 1e-5, backend="xla")[1].astype(jnp.float32).sum(), (0, 1, 2)
+
+    def loss(backend: str, *arrays: jax.Array) -> jax.Array:
+        residual, delta, weight = arrays
+        normed = add_rms_norm(residual, delta, weight, 1e-5, backend=backend)[1]
+        return normed.astype(jnp.float32).sum()
+
+    grads, xla = (
+        jax.grad(functools.partial(loss, backend), (0, 1, 2)) for backend in ("mosaic_gpu", "xla")
     )
     for a, b in zip(grads(*operands), xla(*operands), strict=True):
         assert (a == b).all()
