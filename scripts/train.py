@@ -13,16 +13,20 @@ Examples:
   python scripts/train.py --text train.txt.xz --valid valid.txt --output-dir runs/books \\
       --hidden-size 384 --intermediate-size 1024 --num-layers 5 --max-steps 5000
 
-  # quantization-aware fine-tuning of an existing model, for INT4
-  python scripts/train.py --text books.txt --init-from runs/books --qat int4_g32 \\
-      --output-dir runs/books-int4 --max-steps 500 --learning-rate 5e-4
+  # quantization-aware fine-tuning for INT4: from GPTQ's result, with the original as teacher
+  python scripts/quantize.py --model runs/books --method gptq --format int4 --text books.txt \\
+      --output runs/books-gptq
+  python scripts/train.py --text books.txt --init-from runs/books-gptq --teacher runs/books \\
+      --qat int4 --output-dir runs/books-int4 --max-steps 500 --optimizer adamw \\
+      --learning-rate 1e-4 --weight-decay 0
 
 The learning rate warms up, then follows a cosine to zero over the budget (steps or seconds), so the
 model is finished when the budget is. Choose the budget first: stopping early wastes the decay. A
-resumed run may be given another budget. The result of --qat is stored unquantized: load it with the
-same format, as in scripts/serve.py --quantization int4_g32. Text is UTF-8, plain or .xz. The output
-folder holds the model, loss.png (needs matplotlib), history.json, and under run/ the encoded text
-and the checkpoints, which may be deleted afterwards.
+resumed run may be given another budget. The result of --qat is a quantized checkpoint in the folder
+quantized of the output, in any layout that scripts/quantize.py writes; training may begin with what
+that script wrote. Text is UTF-8, plain or .xz. The output folder holds the model, loss.png (needs
+matplotlib), history.json, and under run/ the encoded text and the checkpoints, which may be deleted
+afterwards.
 """
 
 from __future__ import annotations
@@ -34,18 +38,21 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from qjax.checkpoints.export import EXPORT_FORMATS, save_model
 from qjax.checkpoints.hf import LoadedModel, load_model
-from qjax.formats import parse_format
+from qjax.formats import QuantFormat, parse_format
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
 from qjax.training.bpe import BOS, EOS, load_or_encode, load_or_train_tokenizer, read_text
 from qjax.training.folder import RunFolder, copy_tokenizer, export_hf, plot_losses
 from qjax.training.loop import (
+    Teacher,
     TrainingCheckpoints,
     TrainingConfig,
     init_state,
@@ -53,7 +60,7 @@ from qjax.training.loop import (
     mean_loss,
     train,
 )
-from qjax.training.qat import fake_quantized
+from qjax.training.qat import add_scales, fake_quantized, quantize_trained
 
 SIZES = {
     "vocab_size": (4096, "tokenizer entries"),
@@ -92,6 +99,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="compute dtype; parameters and optimizer stay float32 (default %(default)s)",
     )
     add("--qat", metavar="FORMAT", help="train the weights for this format, such as int4_g32")
+    add(
+        "--qat-scales",
+        choices=["learned", "range"],
+        default="learned",
+        help="scales that are trained too, or that cover each tile's range (default %(default)s)",
+    )
+    add("--teacher", help="model folder or hub id: learn its predictions instead of the text")
+    add(
+        "--export",
+        choices=[name for name in EXPORT_FORMATS if name != "none"],
+        default="compressed-tensors",
+        help="layout of the quantized model of --qat (default %(default)s)",
+    )
     add("--checkpoint-seconds", type=float, default=300.0, help="default %(default)s")
     return parser.parse_args(argv)
 
@@ -104,8 +124,11 @@ def load_initial(args: argparse.Namespace) -> LoadedModel | None:
         raise ValueError(f"--init-from takes its sizes from the model; leave out {given}")
     loaded = load_model(args.init_from, dtype=jnp.float32)
     loaded.require_tokenizer()
-    if loaded.method is not None:
-        raise ValueError(f"{args.init_from} is quantized ({loaded.method}); use the original")
+    if loaded.method is not None and not (args.qat and args.qat_scales == "learned"):
+        raise ValueError(
+            f"{args.init_from} is quantized ({loaded.method}); use the original, or go on with "
+            "--qat and learned scales"
+        )
     if loaded.config.bos_token_id is None:
         raise ValueError(f"{args.init_from} has no bos_token_id, with which every row begins")
     if args.seq_len > loaded.config.max_position_embeddings:
@@ -133,6 +156,40 @@ def new_config(args: argparse.Namespace) -> ModelConfig:
     )
 
 
+def load_teacher(args: argparse.Namespace, config: ModelConfig) -> Teacher | None:
+    """The model of --teacher, which computes in its own type."""
+    if args.teacher is None:
+        return None
+    loaded = load_model(args.teacher)
+    if loaded.config.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"--teacher {args.teacher} has {loaded.config.vocab_size} tokens, the model "
+            f"{config.vocab_size}; both must have one tokenizer"
+        )
+
+    def apply_fn(params, tokens, positions):
+        return loaded.module.apply({"params": params}, tokens, positions)[0]
+
+    return Teacher(apply_fn, loaded.params)
+
+
+def export_model(
+    args: argparse.Namespace, params: Any, config: ModelConfig, qat: QuantFormat | None
+) -> Path:
+    """Write the model; the quantized one of --qat in a folder of its own. Returns where."""
+    out = Path(args.output_dir)
+    if qat is None:
+        export_hf(params, config, out)
+        return out
+    folder = out / "quantized"
+    # In the type that plain training exports, with the scales' own.
+    narrow = dataclasses.replace(config, dtype="bfloat16")
+    trained = quantize_trained(params, qat, jnp.bfloat16)
+    save_model(folder, narrow, trained, args.export, source=None, overwrite=True, progress=False)
+    copy_tokenizer(out, folder)
+    return folder
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     training = TrainingConfig(
@@ -151,10 +208,23 @@ def main(argv: list[str] | None = None) -> None:
     valid_text = read_text(args.valid) if args.valid else None
     initial = load_initial(args)
     config = new_config(args) if initial is None else initial.config
+    teacher = load_teacher(args, config)
+    start = None if initial is None else initial.params
+    if qat is not None and args.qat_scales == "learned":
+        if start is None:
+            raise ValueError(
+                "--qat with learned scales begins with a trained model: give --init-from, or use "
+                "--qat-scales range"
+            )
+        start = add_scales(start, qat)
     out = Path(args.output_dir)
     folder = RunFolder(out)
     settings = {"model": config.to_hf(), "dtype": args.dtype, "qat": args.qat}
     settings |= {"init_from": args.init_from, "text_crc32": zlib.crc32(text.encode())}
+    if qat is not None:
+        settings |= {"qat_scales": args.qat_scales}
+    if teacher is not None:
+        settings |= {"teacher": args.teacher}
     folder.check_settings(settings, training)
 
     if initial is not None:
@@ -176,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         return module.apply({"params": params}, tokens, positions)[0]
 
     checkpoints = TrainingCheckpoints(folder.run / "checkpoints")
-    fresh = init_state(module, training, None if initial is None else initial.params)
+    fresh = init_state(module, training, start)
     state = checkpoints.restore(fresh) or fresh
     history = folder.load_history(state.step)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -186,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
         file=sys.stderr,
     )
 
-    step_fn = make_train_step(apply_fn, training)
+    step_fn = make_train_step(apply_fn, training, teacher)
     saved = time.monotonic()
     bar = tqdm(total=1000, bar_format="{l_bar}{bar}| {elapsed}{postfix}", file=sys.stderr)
     window_tokens, window_start, shown = 0, time.monotonic(), float("nan")
@@ -204,15 +274,15 @@ def main(argv: list[str] | None = None) -> None:
         if now - saved > args.checkpoint_seconds:
             checkpoints.save(state)
             folder.save_history(history)
-            export_hf(state.params, config, out)  # the model so far can be tried
+            export_model(args, state.params, config, qat)  # the model so far can be tried
             saved = now
     bar.close()
     checkpoints.save(state)
     checkpoints.close()
     folder.save_history(history)
 
-    export_hf(state.params, config, out)
-    print(f"{state.step} updates in {state.elapsed:.0f} s; model written to {out}")
+    where = export_model(args, state.params, config, qat)
+    print(f"{state.step} updates in {state.elapsed:.0f} s; model written to {where}")
     if valid is not None:
         loss, count = mean_loss(apply_fn, state.params, valid, training, bos_id=bos)
         print(f"validation: {count} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.3f}")

@@ -17,7 +17,14 @@ import numpy as np
 import pytest
 
 from qjax.checkpoints.hf import load_model
-from qjax.formats import INT2_G32_ASYM, W8A8_INT8, QuantFormat
+from qjax.formats import (
+    FP8_E4M3_CHANNEL,
+    INT2_G32_ASYM,
+    INT4_G32,
+    INT8_CHANNEL,
+    W8A8_INT8,
+    QuantFormat,
+)
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
 from qjax.training import bpe, folder, loop, optimizers, qat
@@ -300,6 +307,48 @@ def test_fake_quantized_parameters_are_on_the_grid_and_pass_gradients() -> None:
         qat.fake_quantized(params, W8A8_INT8)
 
 
+@pytest.mark.parametrize("fmt", [INT2_G32_ASYM, FP8_E4M3_CHANNEL], ids=["int2_asym", "fp8"])
+def test_learned_scales_are_what_is_quantized_in_the_end(fmt: QuantFormat) -> None:
+    params = qat.add_scales(fresh().params, fmt)
+    mlp = params["model"]["layers_0"]["mlp"]
+    mlp["up_proj"]["kernel"] *= 1.5  # some weights saturate
+    shown, trained = qat.fake_quantized(params, fmt), qat.quantize_trained(params, fmt, jnp.float32)
+    assert jax.tree.structure(shown) == jax.tree.structure(fresh().params)
+    kernel = trained["model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.fmt == fmt
+    np.testing.assert_allclose(
+        shown["model"]["layers_0"]["mlp"]["up_proj"]["kernel"], kernel.dequantize(), rtol=1e-6
+    )
+    again = qat.add_scales(trained, fmt)  # from a quantized checkpoint: the same codes
+    np.testing.assert_allclose(
+        again["model"]["layers_0"]["mlp"]["up_proj"][qat.LOG_SCALE],
+        mlp["up_proj"][qat.LOG_SCALE],
+        rtol=1e-6,
+    )
+    with pytest.raises(ValueError, match="training is for int8_channel"):
+        qat.add_scales(trained, INT8_CHANNEL)
+
+
+def test_gradients_of_learned_scales() -> None:
+    """Inside the range ``round(w / s) - w / s``, at its ends the end; times s for the logarithm."""
+    w = jnp.asarray([[0.26], [-0.41], [2.0]], jnp.float32)
+    fmt, log_scale = QuantFormat("int4"), jnp.log(jnp.full((1, 1), 0.1, jnp.float32))
+    out = qat.learned_step(w, log_scale, None, fmt)
+    np.testing.assert_allclose(out[:, 0], [0.3, -0.4, 0.7], rtol=1e-6)
+    total = lambda w, s: qat.learned_step(w, s, None, fmt).sum()  # noqa: E731
+    by_weight, by_scale = jax.grad(total, argnums=(0, 1))(w, log_scale)
+    np.testing.assert_array_equal(by_weight[:, 0], [1, 1, 0])
+    np.testing.assert_allclose(by_scale[0, 0], 0.1 * (0.4 + 0.1 + 7), rtol=1e-5)
+
+
+def test_a_teacher_is_imitated(apply_fn, tokens) -> None:
+    params, other = fresh().params, loop.init_params(Decoder(CONFIG, dtype=jnp.float32), 7)
+    batch = jnp.asarray(loop.sample_batch(tokens, TRAINING, 0, 0))
+    same = loop.distillation_loss(apply_fn, params, loop.Teacher(apply_fn, params), batch)
+    different = loop.distillation_loss(apply_fn, params, loop.Teacher(apply_fn, other), batch)
+    assert abs(float(same)) < 1e-6 and float(different) > 1e-3
+
+
 @pytest.mark.slow
 def test_training_for_a_format_beats_rounding_afterwards(apply_fn, tokens) -> None:
     """From the same model and for as many steps, with and without the format in the forward pass.
@@ -347,7 +396,14 @@ def test_script_trains_an_existing_model_for_a_format(
     argv += " --qat int4_g32 --batch-size 2 --optimizer adamw --dtype float32"
     script.main(argv.split())
     assert "1 updates" in capsys.readouterr().out
-    assert load_model(out, progress=False).config == config
+    loaded = load_model(out / "quantized", progress=False)
+    assert loaded.config == dataclasses.replace(config, dtype="bfloat16")
+    kernel = loaded.params["model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.fmt == INT4_G32
+    # Its own result can be trained further, here after what the original says.
+    again = argv.replace(str(out), str(tmp_path / "again")).replace(str(start), f"{out}/quantized")
+    script.main([*again.split(), "--teacher", str(start)])
+    assert load_model(tmp_path / "again" / "quantized", progress=False).method is not None
     for more, message in [
         ("--hidden-size 8", "leave out"),
         ("--seq-len 17", "exceeds the 16 positions"),

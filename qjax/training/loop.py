@@ -69,6 +69,13 @@ class TrainingConfig:
             )
 
 
+class Teacher(NamedTuple):
+    """A model to imitate: its function and its parameters."""
+
+    apply_fn: ApplyFn
+    params: PyTree
+
+
 class TrainingState(NamedTuple):
     """``step`` updates have been made, in ``elapsed`` seconds over all sessions of the run."""
 
@@ -161,19 +168,60 @@ def next_token_loss(apply_fn: ApplyFn, params: PyTree, batch: jax.Array) -> jax.
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-def make_train_step(apply_fn: ApplyFn, config: TrainingConfig) -> Callable[..., Any]:
-    """Jitted ``(params, opt_state, batch, rate) -> (params, opt_state, loss)``, state donated."""
+def distillation_loss(
+    apply_fn: ApplyFn, params: PyTree, teacher: Teacher, batch: jax.Array
+) -> jax.Array:
+    """Mean divergence KL(teacher || model) in nats over the next tokens, float32 scalar.
+
+    All that the teacher knows about a position is a target, not only the one token that followed.
+    """
+    tokens = batch[:, :-1]
+    positions = jnp.broadcast_to(
+        jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape
+    )
+    wanted = teacher.apply_fn(teacher.params, tokens, positions).astype(jnp.float32)
+    wanted = jax.nn.log_softmax(jax.lax.stop_gradient(wanted))
+    found = jax.nn.log_softmax(apply_fn(params, tokens, positions).astype(jnp.float32))
+    return jnp.sum(jnp.exp(wanted) * (wanted - found), axis=-1).mean()
+
+
+def make_train_step(
+    apply_fn: ApplyFn, config: TrainingConfig, teacher: Teacher | None = None
+) -> Callable[..., Any]:
+    """Jitted ``(params, opt_state, batch, rate) -> (params, opt_state, loss)``, state donated.
+
+    With a teacher the loss is the divergence from it.
+    """
     optimizer = make_optimizer(config)
 
-    def step(params: PyTree, opt_state: PyTree, batch: jax.Array, learning_rate: jax.Array) -> Any:
-        loss, grads = jax.value_and_grad(lambda p: next_token_loss(apply_fn, p, batch))(params)
+    def step(
+        params: PyTree,
+        opt_state: PyTree,
+        batch: jax.Array,
+        learning_rate: jax.Array,
+        teacher_params: PyTree,
+    ) -> Any:
+        def loss_of(params: PyTree) -> jax.Array:
+            if teacher is None:
+                return next_token_loss(apply_fn, params, batch)
+            guide = Teacher(teacher.apply_fn, teacher_params)
+            return distillation_loss(apply_fn, params, guide, batch)
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
         # optax raises decay rates to an integer count, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, opt_state, params)
         updates = jax.tree.map(lambda u: u * learning_rate, updates)
         return optax.apply_updates(params, updates), opt_state, loss
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    # An argument: as constants of the program the teacher's weights would be compiled into it.
+    guide = None if teacher is None else teacher.params
+
+    def call(params: PyTree, opt_state: PyTree, batch: Any, learning_rate: Any) -> Any:
+        return jitted(params, opt_state, batch, learning_rate, guide)
+
+    return call
 
 
 def mean_loss(

@@ -108,11 +108,19 @@ def newton_schulz(x: jax.Array, steps: int = 5) -> jax.Array:
 
 
 def adamw(weight_decay: float) -> optax.GradientTransformation:
-    """AdamW for a learning rate of one; weight decay on matrices only, not on norms and biases."""
+    """AdamW for a learning rate of one; weight decay on matrices only.
+
+    That is not on norms and biases, nor on the scales of quantization-aware training.
+    """
+
+    def decays(path: Any, leaf: Any) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")[2]
+        return leaf.ndim == 2 and not name.startswith("qat_")
+
     return optax.chain(
         optax.scale_by_adam(b1=0.9, b2=0.95),
         optax.add_decayed_weights(
-            weight_decay, lambda params: jax.tree.map(lambda p: p.ndim == 2, params)
+            weight_decay, lambda params: jax.tree_util.tree_map_with_path(decays, params)
         ),
         optax.scale(-1.0),
     )

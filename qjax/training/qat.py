@@ -1,44 +1,172 @@
-"""Quantization-aware training: the forward pass sees the weights as they will be quantized."""
+"""Quantization-aware training: the forward pass sees the weights as they will be quantized.
+
+Gradients pass the rounding as if it were not there (straight-through), so the full-precision
+kernels are trained to be good after rounding. Scales either cover the range of a tile, computed
+anew at every step, or are learned themselves (learned step size): then their logarithms stand
+beside every kernel in the parameter tree, and saturated weights, which give no gradient to
+themselves, give it to their scale.
+
+References:
+  Bengio et al., arXiv:1308.3432 (straight-through); Esser et al., LSQ, arXiv:1902.08153.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from qjax import numerics
+from qjax.calibration.scale_search import search_scale
 from qjax.evaluation.memory import LINEAR_KERNELS
 from qjax.formats import QuantFormat
-from qjax.quantize import fake_quantize, path_string
-from qjax.typing import PyTree
+from qjax.quantize import fake_quantize, is_quantized, quantize
+from qjax.quantized_array import QuantizedArray
+from qjax.typing import Array, PyTree
+
+LOG_SCALE, ZERO_POINT = "qat_log_scale", "qat_zero_point"
+"""Names of the leaves beside a kernel."""
 
 
-def fake_quantized(params: PyTree, fmt: QuantFormat) -> PyTree:
-    """Parameters with the kernels of all linear layers but ``lm_head`` on the format's grid.
-
-    Differentiable: gradients pass the rounding as if it were not there (straight-through), so the
-    full-precision kernels are trained to be good after rounding. Quantize them with the same format
-    when the training is over.
+def add_scales(params: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any]:
+    """Put learned scales beside the kernels of all linear layers but ``lm_head``.
 
     Args:
-      params: Unquantized parameters.
-      fmt: Weight format; scales are computed anew from the kernels at every step.
+      params: Parameters in float32; kernels may be quantized in ``fmt`` already (by GPTQ, say),
+        then training begins with their codes and scales.
+      fmt: Weight format without activations.
 
     Returns:
-      The tree, same shapes and dtypes.
+      The tree with float32 kernels and, beside each, ``log(scale)`` and the zero points of
+      asymmetric formats, which stay as they are. Scales of plain kernels are those with the least
+      square error.
+
+    Raises:
+      ValueError: If a kernel is quantized in another format.
+    """
+    _check(fmt)
+
+    def node(path: str, parts: dict[str, Any]) -> dict[str, Any]:
+        kernel = parts["kernel"]
+        if is_quantized(kernel):
+            if kernel.fmt.replace(scale_dtype=fmt.scale_dtype) != fmt:
+                raise ValueError(
+                    f"{path} is quantized as {kernel.fmt.name}, training is for {fmt.name}; start "
+                    "from a checkpoint in this format, or from an unquantized one"
+                )
+            scale, zero = kernel.scale, kernel.zero_point
+            kernel = kernel.dequantize(jnp.float32)
+        else:
+            importance = jnp.ones((kernel.shape[0],), jnp.float32)
+            scale, zero = jax.jit(search_scale, static_argnums=2)(kernel, importance, fmt)
+        new = parts | {"kernel": kernel, LOG_SCALE: jnp.log(scale.astype(jnp.float32))}
+        if zero is not None:
+            new[ZERO_POINT] = zero.astype(jnp.float32)
+        return new
+
+    return _map_linears(params, node)
+
+
+def fake_quantized(params: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any]:
+    """Parameters with the kernels of all linear layers but ``lm_head`` on the format's grid.
+
+    Args:
+      params: Unquantized parameters, with or without the scales of ``add_scales``.
+      fmt: Weight format.
+
+    Returns:
+      The tree that the model takes: the same shapes and dtypes, without scales.
 
     Raises:
       ValueError: If the format also quantizes activations, which this does not simulate.
     """
+    _check(fmt)
+
+    def node(path: str, parts: dict[str, Any]) -> dict[str, Any]:
+        del path
+        if LOG_SCALE not in parts:
+            return parts | {"kernel": fake_quantize(parts["kernel"], fmt)}
+        value = learned_step(parts["kernel"], parts[LOG_SCALE], parts.get(ZERO_POINT), fmt)
+        return _without_scales(parts) | {"kernel": value}
+
+    return _map_linears(params, node)
+
+
+def learned_step(
+    kernel: Array, log_scale: Array, zero_point: Array | None, fmt: QuantFormat
+) -> Array:
+    """A kernel ``(k, n)`` on the grid of its scales, with gradients to both."""
+    tiles = fmt.tiles(kernel.shape, 0)
+
+    def wide(values: Array) -> Array:
+        return numerics.expand_tiles(values, kernel.shape, tiles)
+
+    scale = jnp.exp(log_scale)
+    stored = numerics.round_scale(scale, fmt.scale_dtype).astype(jnp.float32)
+    scale = wide(scale + jax.lax.stop_gradient(stored - scale))
+    zero = jnp.zeros((1, 1), jnp.float32) if zero_point is None else wide(zero_point)
+    low = jnp.float32(-fmt.bound if fmt.is_float else fmt.qmin) - jax.lax.stop_gradient(zero)
+    high = jnp.float32(fmt.bound if fmt.is_float else fmt.qmax) - jax.lax.stop_gradient(zero)
+    code = kernel.astype(jnp.float32) / scale
+    nearest = jnp.rint(code)
+    if fmt.is_float:
+        nearest = numerics.cast_saturating(code, fmt.storage_dtype).astype(jnp.float32)
+    code = code + jax.lax.stop_gradient(nearest - code)
+    # `where`: the gradient of clip is halved where a value is exactly the limit, as codes are.
+    code = jnp.where(code < low, low, jnp.where(code > high, high, code))
+    return (code * scale).astype(kernel.dtype)
+
+
+def quantize_trained(params: Mapping[str, Any], fmt: QuantFormat, dtype: Any) -> dict[str, Any]:
+    """What was trained as ``QuantizedArray`` kernels, exactly what ``fake_quantized`` stands for.
+
+    Args:
+      params: Trained parameters, with or without learned scales.
+      fmt: The format they were trained for.
+      dtype: Result type of the quantized kernels, and type of what is not quantized.
+    """
+
+    def node(path: str, parts: dict[str, Any]) -> dict[str, Any]:
+        del path
+        scale = zero = None
+        if LOG_SCALE in parts:
+            scale = numerics.round_scale(jnp.exp(parts[LOG_SCALE]), fmt.scale_dtype)
+            zero = parts[ZERO_POINT].astype(jnp.int8) if ZERO_POINT in parts else None
+        value = quantize(parts["kernel"], fmt, dtype=dtype, scale=scale, zero_point=zero)
+        return _without_scales(parts) | {"kernel": value}
+
+    def plain(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, QuantizedArray) else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map(plain, _map_linears(params, node), is_leaf=is_quantized)
+
+
+def _check(fmt: QuantFormat) -> None:
     if fmt.activation is not None:
         raise ValueError(
             f"{fmt.name} quantizes activations too, which training does not simulate; train with "
             "the weight format alone, and use the activation format when serving"
         )
 
-    def leaf(path: Any, value: jax.Array) -> jax.Array:
-        if not re.fullmatch(LINEAR_KERNELS, path_string(path)):
-            return value
-        return fake_quantize(value, fmt)
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
+def _without_scales(parts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: leaf for name, leaf in parts.items() if name not in (LOG_SCALE, ZERO_POINT)}
+
+
+def _map_linears(
+    tree: Mapping[str, Any], node: Callable[[str, dict[str, Any]], dict[str, Any]], prefix: str = ""
+) -> PyTree:
+    """Replace the dictionaries that hold the kernel of a linear layer."""
+    out = {}
+    for name, child in tree.items():
+        path = f"{prefix}{name}"
+        if not isinstance(child, Mapping):
+            out[name] = child
+        elif "kernel" in child and re.fullmatch(LINEAR_KERNELS, f"{path}/kernel"):
+            out[name] = node(path, dict(child))
+        else:
+            out[name] = _map_linears(child, node, f"{path}/")
+    return out
