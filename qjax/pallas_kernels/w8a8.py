@@ -25,8 +25,10 @@ none is left::
 With ``cluster`` two CTAs whose tiles share their rows load half of them each, for both (multicast).
 Tiles may reach over the edges of the matrices: TMA reads zeros there and writes nothing.
 
-The accumulator of Hopper's fp8 tensor cores keeps only some 14 bits. With ``promote`` each step's
-product is added to float32 sums by ordinary instructions, which block scales need anyway.
+The accumulator of Hopper's fp8 tensor cores keeps only some 14 bits: relative errors of 1.3e-3 for
+k = 4096 and 2.9e-3 for 14336, measured on an H200, where rounding the operands to fp8 costs 2.6e-2.
+So per-channel products do without the remedy, ``promote``: each step's product is added to float32
+sums by ordinary instructions. Block scales need that anyway.
 
 With ``splits > 1`` parts of the contraction become float32 partial sums ``(splits, m, n)``, scales
 included, which XLA adds in a fixed order: results are the same in every run.
