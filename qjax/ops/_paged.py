@@ -120,9 +120,7 @@ def decode_by_kernel(
     """
     position = positions[:, 0]
     stop = jnp.where((position >= 0) & (position < lengths), position + 1, 0)
-    start = jnp.zeros_like(stop)
-    if window is not None:
-        start = jnp.maximum(stop - window, 0)
+    start = None if window is None else jnp.maximum(stop - window, 0)
     return paged_decode.decode(
         q,
         cache.keys[layer],

@@ -33,6 +33,7 @@ def call(
     splits: int,
     out_dtype: Any,
     with_lse: bool,
+    from_zero: bool,
     interpret: bool,
 ) -> tuple[Array, Array | None]:
     """Run the kernel; arguments as ``paged_decode.decode`` prepares them.
@@ -50,6 +51,7 @@ def call(
       splits: Blocks that share a sequence and KV head.
       out_dtype: Result type.
       with_lse: Whether to return the second result.
+      from_zero: Whether the first visible position is 0 in every row.
       interpret: Run in the Pallas interpreter.
 
     Returns:
@@ -87,10 +89,15 @@ def call(
         gmem = dict(zip(names, refs, strict=True))
         head, split, row = (lax.axis_index(name) for name in ("head", "split", "row"))
         start, stop = gmem["plan"][row, 0], gmem["plan"][row, 1]
-        begin, end = lax.div(start, _I32(tokens)), lax.div(stop + (tokens - 1), _I32(tokens))
-        share = lax.div(end - begin + (splits - 1), _I32(splits))
-        begin = begin + split * share
-        end = jnp.minimum(begin + share, end)
+        end = lax.div(stop + (tokens - 1), _I32(tokens))
+        if from_zero and splits == 1:
+            # Known before the plan is: the first pages are looked up at the same time.
+            begin = _I32(0)
+        else:
+            begin = _I32(0) if from_zero else lax.div(start, _I32(tokens))
+            share = lax.div(end - begin + (splits - 1), _I32(splits))
+            begin = begin + split * share
+            end = jnp.minimum(begin + share, end)
 
         def pages_of(index: Array) -> tuple[Array, ...]:
             first = lax.div(index * tokens, _I32(page))
@@ -112,9 +119,10 @@ def call(
                         source = source.at[pl.ds(first, tokens // per)]
                     plgpu.copy_gmem_to_smem(source, target, ready.at[slot])
 
+        # Looked up together, so that their latencies overlap.
+        first = [pages_of(begin + i) for i in range(stages + 1)]
         for i in range(stages):
-            index = begin + i
-            pl.when(index < end)(lambda index=index: fetch(index, pages_of(index)))
+            pl.when(begin + i < end)(lambda i=i: fetch(begin + i, first[i]))
 
         work = make(tile, gmem, buffers, merge, transforms)
         constants, state = work.start(row, head)
@@ -130,7 +138,7 @@ def call(
             pl.when(following < end)(lambda: fetch(following, numbers))
             return state, pages_of(following + 1)
 
-        state, _ = lax.fori_loop(begin, end, body, (state, pages_of(begin + stages)))
+        state, _ = lax.fori_loop(begin, end, body, (state, first[stages]))
         work.finish(state, split, row, head)
 
     scratch: dict[str, Any] = {

@@ -194,7 +194,7 @@ def decode(
     key_scales: Array | None,
     value_scales: Array | None,
     table: Array,
-    start: Array,
+    start: Array | None,
     stop: Array,
     *,
     kind: str,
@@ -213,7 +213,7 @@ def decode(
         or None.
       value_scales: Likewise.
       table: int32 ``[b, pages_per_seq]``, page of every ``page_size`` positions.
-      start: int32 ``[b]``, first visible position, not negative.
+      start: int32 ``[b]``, first visible position, not negative; None for 0.
       stop: int32 ``[b]``, position behind the last visible one; 0 for nothing.
       kind: Type of the values: one of ``KINDS``.
       scale: Multiplier of the logits.
@@ -242,11 +242,12 @@ def decode(
     # every jaxlib.
     from qjax.pallas_kernels import _paged_body
 
+    first = jnp.zeros_like(stop) if start is None else start
     out, lse = _paged_body.call(
         problem.tile(config, logit_factor(scale, soft_cap), soft_cap),
         q,
         # One array and so one small kernel, which all layers of a model share.
-        jnp.concatenate([start[:, None], stop[:, None], table], axis=1),
+        jnp.concatenate([first[:, None], stop[:, None], table], axis=1),
         keys,
         values,
         key_scales,
@@ -254,6 +255,7 @@ def decode(
         splits=config.splits,
         out_dtype=jnp.dtype(jnp.float32 if config.splits > 1 else q.dtype),
         with_lse=config.splits > 1,
+        from_zero=start is None,
         interpret=interpret,
     )
     if lse is None:
