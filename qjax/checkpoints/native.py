@@ -43,6 +43,7 @@ from qjax.checkpoints.native_manifest import (
     rebuild,
 )
 from qjax.checkpoints.native_manifest import kv_scales as parse_kv_scales
+from qjax.checkpoints.nibbles import PACKED, pack_nibbles, unpack_nibbles
 from qjax.checkpoints.reader import KVScales
 from qjax.checkpoints.safetensors_io import read_json
 from qjax.checkpoints.writer import copy_companions, replacing_folder, write_json
@@ -58,7 +59,6 @@ _VERSION, _VERSION_PACKED = 1, 2
 _ARRAYS = "params"
 # What reading an entry of a damaged manifest may raise.
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
-_PACKED = {"int4": jnp.int4, "float4_e2m1fn": jnp.float4_e2m1fn}
 
 
 def is_native(folder: str | Path) -> bool:
@@ -206,7 +206,7 @@ def _check_paths(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], wha
 
 
 def _packed(array: Any) -> bool:
-    return str(jnp.dtype(array.dtype)) in _PACKED and array.ndim > 0
+    return str(jnp.dtype(array.dtype)) in PACKED and array.ndim > 0
 
 
 def _stored(array: Any) -> tuple[tuple[int, ...], Any]:
@@ -216,28 +216,14 @@ def _stored(array: Any) -> tuple[tuple[int, ...], Any]:
     return (*array.shape[:-1], -(-array.shape[-1] // 2)), jnp.dtype(jnp.uint8)
 
 
-@jax.jit
-def _pack_pairs(x: jax.Array) -> jax.Array:
-    if x.shape[-1] % 2:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
-    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
-    return jax.lax.bitcast_convert_type(pairs, jnp.uint8)
-
-
-@functools.partial(jax.jit, static_argnames=("size", "dtype"))
-def _unpack_pairs(x: jax.Array, size: int, dtype: str) -> jax.Array:
-    pairs = jax.lax.bitcast_convert_type(x, _PACKED[dtype])
-    return pairs.reshape(*x.shape[:-1], 2 * x.shape[-1])[..., :size]
-
-
 def _pack(array: Any) -> Any:
-    return _pack_pairs(array) if _packed(array) else array
+    return pack_nibbles(array) if _packed(array) else array
 
 
 def _unpack(stored: Any, array: jax.ShapeDtypeStruct) -> Any:
     if not _packed(array):
         return stored
-    return _unpack_pairs(jnp.asarray(stored), array.shape[-1], str(array.dtype))
+    return unpack_nibbles(stored, array.shape[-1], str(array.dtype))
 
 
 def _shardings(
