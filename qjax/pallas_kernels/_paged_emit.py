@@ -186,5 +186,5 @@ def _shapes(tile: Tile) -> list[tuple[int, Any]]:
     return [
         (State.count(tile), jnp.float32),
         (2 * tile.quads, jnp.int32),
-        (2 * tile.columns, jnp.float32),
+        (tile.factors, jnp.float32),
     ]

@@ -43,6 +43,16 @@ class Tile:
         return self.kind not in ("bfloat16", "float16")
 
     @property
+    def biased(self) -> bool:
+        """Whether keys are multiplied with a constant added, which is taken back afterwards."""
+        return self.kind in ("int8", "int4")
+
+    @property
+    def factors(self) -> int:
+        """Constants of a thread that belong to the queries."""
+        return self.columns * (4 if self.biased else 2)
+
+    @property
     def compute(self) -> str:
         """Type of the products' operands, as PTX names it."""
         return "bf16" if self.kind == "bfloat16" else "f16"

@@ -34,7 +34,9 @@ def unpack(p: Ptx, word: Value, kind: str, *, values: bool) -> list[Value]:
 
     Returns:
       ``[(b0, b2), (b1, b3)]``; for the keys of fp8_e4m3 ``[(b0, b1), (b2, b3)]``. For int4 the same
-      of the low nibbles, then of the high ones.
+      of the low nibbles, then of the high ones. Integer keys are 1152 (int8), 1032 (low nibbles)
+      more than the code, or 1152 more than 16 times the code (high nibbles): ``_paged_queries``
+      makes up for it. Of values the sums would be too long for that, they are exact.
     """
     if kind == "float8_e4m3fn":
         word = p.permute(word, 0, 0x3120) if values else word
@@ -44,16 +46,16 @@ def unpack(p: Ptx, word: Value, kind: str, *, values: bool) -> list[Value]:
     if kind == "int8":  # 1024 + (code + 128) is 0x6400 + the code with its sign flipped
         word = p.bits_xor(word, 0x80808080)
         both = [p.permute(word, 0x64646464, selector) for selector in (0x4240, 0x4341)]
-        return [p.add_halves(pair, 0xE480) for pair in both]  # - 1152
+        return [p.add_halves(pair, 0xE480) for pair in both] if values else both  # - 1152
     assert kind == "int4", kind
     result = []
     shifted = p.shift_right(word, 8)
     for source in (word, shifted):  # 1024 + (code + 8), the sign bit flipped
         low = p.bits_xor(p.bits_and(source, 0x000F000F), 0x64086408)
-        result.append(p.add_halves(low, 0xE408))  # - 1032
+        result.append(p.add_halves(low, 0xE408) if values else low)  # - 1032
     for source in (word, shifted):  # 1024 + 16 (code + 8), to be divided by 16
         high = p.bits_xor(p.bits_and(source, 0x00F000F0), 0x64806480)
-        result.append(p.fma_halves(high, 0x2C00, 0xD480))  # / 16 - 72
+        result.append(p.fma_halves(high, 0x2C00, 0xD480) if values else high)  # / 16 - 72
     return result
 
 
@@ -191,7 +193,8 @@ def step(
     first = p.add(thread.group, p.mul(thread.warp, tile.tokens // 4))  # this thread's first token
     seen = p.sub(p.add(first, position), start)
     span = p.sub(stop, start)
-    logits = [_products(p, tile, thread, queries, buffers[0], part) for part in parts]
+    starts = factors[2 * tile.columns :]
+    logits = [_products(p, tile, thread, queries, starts, buffers[0], part) for part in parts]
     token = None
     if tile.token_scales:
         token = [p.add(buffer, p.mul(first, 4)) for buffer in buffers[2:]]
@@ -237,12 +240,20 @@ def step(
 
 
 def _products(
-    p: Ptx, tile: Tile, thread: Thread, queries: Sequence[Value], keys: Value, part: int
+    p: Ptx,
+    tile: Tile,
+    thread: Thread,
+    queries: Sequence[Value],
+    starts: Sequence[Value],
+    keys: Value,
+    part: int,
 ) -> list[list[Value]]:
     """``K @ q`` of 16 tokens: four registers per column group."""
     zero = p.number(0)
     # Two sums each, so that every other product need not wait for the one before it.
     sums = [[[zero] * 4, [zero] * 4] for _ in range(tile.columns)]
+    for n in range(tile.columns if starts else 0):
+        sums[n][0] = [*starts[2 * n : 2 * n + 2]] * 2
 
     def multiply(block: int, a: Sequence[Value]) -> None:
         for n in range(tile.columns):
