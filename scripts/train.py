@@ -60,8 +60,9 @@ from qjax.training.loop import (
     mean_loss,
     train,
 )
-from qjax.training.qat import add_scales, fake_quantized, quantize_trained
+from qjax.training.qat import add_scales, apply_fake_quantized, quantize_trained
 
+KV_TYPES = {"none": None, "fp8_e4m3": "float8_e4m3fn", "int8": "int8", "int4": "int4"}
 SIZES = {
     "vocab_size": (4096, "tokenizer entries"),
     "hidden_size": (384, "width"),
@@ -98,12 +99,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="bfloat16",
         help="compute dtype; parameters and optimizer stay float32 (default %(default)s)",
     )
-    add("--qat", metavar="FORMAT", help="train the weights for this format, such as int4_g32")
+    add("--qat", metavar="FORMAT", help="train for this format, such as int4_g32, w8a8_int8")
     add(
         "--qat-scales",
         choices=["learned", "range"],
         default="learned",
         help="scales that are trained too, or that cover each tile's range (default %(default)s)",
+    )
+    add(
+        "--qat-kv",
+        choices=list(KV_TYPES),
+        default="none",
+        help="with --qat: also train for a KV cache of this type (default %(default)s)",
     )
     add("--teacher", help="model folder or hub id: learn its predictions instead of the text")
     add(
@@ -203,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
     )
     qat = None if args.qat is None else parse_format(args.qat)
+    if qat is None and (args.qat_kv != "none" or args.qat is not None):
+        raise ValueError("--qat-kv goes with a --qat that quantizes, such as int8 or int4")
     # Every input is read before any work is done.
     text = read_text(args.text)
     valid_text = read_text(args.valid) if args.valid else None
@@ -222,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {"model": config.to_hf(), "dtype": args.dtype, "qat": args.qat}
     settings |= {"init_from": args.init_from, "text_crc32": zlib.crc32(text.encode())}
     if qat is not None:
-        settings |= {"qat_scales": args.qat_scales}
+        settings |= {"qat_scales": args.qat_scales, "qat_kv": args.qat_kv}
     if teacher is not None:
         settings |= {"teacher": args.teacher}
     folder.check_settings(settings, training)
@@ -242,7 +251,9 @@ def main(argv: list[str] | None = None) -> None:
     module = Decoder(config, dtype=jnp.dtype(args.dtype))
 
     def apply_fn(params, tokens, positions):
-        params = params if qat is None else fake_quantized(params, qat)
+        if qat is not None:
+            kv = KV_TYPES[args.qat_kv]
+            return apply_fake_quantized(module, params, qat, tokens, positions, kv_qtype=kv)[0]
         return module.apply({"params": params}, tokens, positions)[0]
 
     checkpoints = TrainingCheckpoints(folder.run / "checkpoints")

@@ -329,6 +329,28 @@ def test_learned_scales_are_what_is_quantized_in_the_end(fmt: QuantFormat) -> No
         qat.add_scales(trained, INT8_CHANNEL)
 
 
+def test_activations_and_kv_are_fake_quantized_too(apply_fn, tokens) -> None:
+    module, params = Decoder(CONFIG, dtype=jnp.float32), fresh().params
+    # Larger than at the start of training, so that rounding shows.
+    params = jax.tree.map(lambda x: 5 * x if x.ndim == 2 else x, params)
+    batch = jnp.asarray(loop.sample_batch(tokens, TRAINING, 0, 0))[:, :-1]
+    fake = jax.jit(
+        lambda p, fmt, kv: qat.apply_fake_quantized(module, p, fmt, batch, kv_qtype=kv)[0],
+        static_argnums=(1, 2),
+    )
+    # What serving computes with the same weights and activations.
+    served = module.apply({"params": qat.quantize_trained(params, W8A8_INT8, jnp.float32)}, batch)
+    plain = fake(params, INT8_CHANNEL, None)
+    both = fake(params, W8A8_INT8, None)
+    gap = lambda x, y: float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y))  # noqa: E731
+    assert gap(both, served[0]) < 0.3 * gap(plain, served[0])
+    assert 1e-3 < gap(fake(params, INT8_CHANNEL, "int4"), plain) < 1
+    grads = jax.grad(lambda p: fake(p, W8A8_INT8, "int4").sum())(params)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        kernel = grads["model"]["layers_0"]["self_attn"][name]["kernel"]
+        assert float(jnp.abs(kernel).max()) > 0 and bool(jnp.all(jnp.isfinite(kernel)))
+
+
 def test_gradients_of_learned_scales() -> None:
     """Inside the range ``round(w / s) - w / s``, at its ends the end; times s for the logarithm."""
     w = jnp.asarray([[0.26], [-0.41], [2.0]], jnp.float32)
@@ -408,6 +430,7 @@ def test_script_trains_an_existing_model_for_a_format(
         ("--hidden-size 8", "leave out"),
         ("--seq-len 17", "exceeds the 16 positions"),
         ("--qat int5", "unknown format"),
+        ("--qat none --qat-kv int8", "goes with a --qat"),
         ("--qat int8", "started with other settings"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,8 @@
-"""Quantization-aware training: the forward pass sees the weights as they will be quantized.
+"""Quantization-aware training: the forward pass sees what will be quantized as it will be.
+
+That is the weights and, where the format says so or a KV cache type is named, the inputs of linear
+layers per token, and keys and values per token and head (keys before their rotation, which changes
+the largest magnitude of a head a little; the cache rounds them after it).
 
 Gradients pass the rounding as if it were not there (straight-through), so the full-precision
 kernels are trained to be good after rounding. Scales either cover the range of a tile, computed
@@ -16,6 +20,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +28,7 @@ from qjax import numerics
 from qjax.calibration.scale_search import search_scale
 from qjax.evaluation.memory import LINEAR_KERNELS
 from qjax.formats import QuantFormat
+from qjax.nn import QuantDense
 from qjax.quantize import fake_quantize, is_quantized, quantize
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array, PyTree
@@ -37,7 +43,7 @@ def add_scales(params: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any]:
     Args:
       params: Parameters in float32; kernels may be quantized in ``fmt`` already (by GPTQ, say),
         then training begins with their codes and scales.
-      fmt: Weight format without activations.
+      fmt: Weight format.
 
     Returns:
       The tree with float32 kernels and, beside each, ``log(scale)`` and the zero points of
@@ -47,7 +53,6 @@ def add_scales(params: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any]:
     Raises:
       ValueError: If a kernel is quantized in another format.
     """
-    _check(fmt)
 
     def node(path: str, parts: dict[str, Any]) -> dict[str, Any]:
         kernel = parts["kernel"]
@@ -81,10 +86,55 @@ def fake_quantized(params: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any
       The tree that the model takes: the same shapes and dtypes, without scales.
 
     Raises:
-      ValueError: If the format also quantizes activations, which this does not simulate.
+      ValueError: If the format also quantizes activations, which parameters cannot show.
     """
-    _check(fmt)
+    if fmt.activation is not None:
+        raise ValueError(f"{fmt.name} quantizes activations too; use apply_fake_quantized")
+    return _on_grid(params, fmt)
 
+
+def apply_fake_quantized(
+    module: nn.Module,
+    params: Mapping[str, Any],
+    fmt: QuantFormat,
+    *args: Any,
+    kv_qtype: str | None = None,
+) -> Any:
+    """``module.apply`` with everything fake-quantized that the formats quantize.
+
+    Args:
+      module: A ``Decoder``.
+      params: See ``fake_quantized``.
+      fmt: Format of weights and, where it has one, of activations (dynamic, per token).
+      *args: Tokens and the other arguments of the module.
+      kv_qtype: Type of the KV cache, such as ``int8`` or ``float8_e4m3fn``; None leaves it plain.
+
+    Returns:
+      What the module returns; differentiable, roundings passing gradients straight through.
+
+    Raises:
+      ValueError: If activations have static scales.
+    """
+    if fmt.activation is not None and not fmt.activation.dynamic:
+        raise ValueError(f"{fmt.name} has static activation scales; train with a dynamic format")
+    heads = None if kv_qtype is None else QuantFormat(kv_qtype, "token")
+
+    def layer(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if not isinstance(context.module, QuantDense) or context.module.name == "lm_head":
+            return call(*args, **kwargs)
+        if fmt.activation is not None:
+            args = (fake_quantize(args[0], fmt.activation, axis=-1), *args[1:])
+        out = call(*args, **kwargs)
+        if heads is None or context.module.name not in ("k_proj", "v_proj"):
+            return out
+        split = out.reshape(*out.shape[:-1], -1, module.config.head_dim)  # type: ignore[attr-defined]
+        return fake_quantize(split, heads, axis=-1).reshape(out.shape)
+
+    with nn.intercept_methods(layer):
+        return module.apply({"params": _on_grid(params, fmt)}, *args)
+
+
+def _on_grid(params: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any]:
     def node(path: str, parts: dict[str, Any]) -> dict[str, Any]:
         del path
         if LOG_SCALE not in parts:
@@ -142,14 +192,6 @@ def quantize_trained(params: Mapping[str, Any], fmt: QuantFormat, dtype: Any) ->
         return leaf if isinstance(leaf, QuantizedArray) else leaf.astype(dtype)
 
     return jax.tree_util.tree_map(plain, _map_linears(params, node), is_leaf=is_quantized)
-
-
-def _check(fmt: QuantFormat) -> None:
-    if fmt.activation is not None:
-        raise ValueError(
-            f"{fmt.name} quantizes activations too, which training does not simulate; train with "
-            "the weight format alone, and use the activation format when serving"
-        )
 
 
 def _without_scales(parts: Mapping[str, Any]) -> dict[str, Any]:
