@@ -31,22 +31,24 @@ from qjax._device import device_info
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat, parse_kv_format
 from qjax.ops._paged import decode_by_kernel, decode_problem, paged_attention_unsupported_reason
+from qjax.ops._prefill import prefill_unsupported_reason
 from qjax.ops.attention import paged_attention
 from qjax.ops.kv import quantize_kv, read, scale_of
 from qjax.pallas_kernels import paged_decode
 
-BACKENDS = ("mosaic_gpu", "xla")
+BACKENDS = ("mosaic_gpu", "cudnn", "xla")
 MAX_ERROR = 5e-3
 """Largest relative error that is timed: probabilities and result rounded to bfloat16 once each
 (1.65e-3 times the root of 2), with room for peaked rows."""
 
-CHILD_FLAGS = "q_heads kv_heads head_dim page_size window dtype search rate rotate_mb launches"
+CHILD_FLAGS = (
+    "q_heads kv_heads head_dim page_size tokens window dtype search rate rotate_mb launches"
+)
 
 EPILOG = """\
 examples
   python scripts/bench_attention.py --output rows.jsonl --plot attention.png
-  python scripts/bench_attention.py --cases 128x2 --formats int8-dynamic --q-heads 4 \\
-      --kv-heads 2 --head-dim 64 --backends xla                            (on any machine)
+  python scripts/bench_attention.py --cases 4096x1 --tokens 4096 --backends cudnn,xla
 
 columns
   TB/s     bytes of visible keys and values with their scales over the time
@@ -73,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
         "int4-dynamic",
         help="of the pages: NAME or NAME-MODE (%(default)s)",
     )
-    add("--backends", default=",".join(BACKENDS), help="(%(default)s)")
+    add("--backends", default="mosaic_gpu,xla", help="(%(default)s); cudnn is for --tokens")
+    add("--tokens", type=int, default=1, help="new tokens per sequence, the last of the context")
     add("--q-heads", type=int, default=32, help="(%(default)s)")
     add("--kv-heads", type=int, default=8, help="(%(default)s)")
     add("--head-dim", type=int, default=128, help="(%(default)s)")
@@ -112,6 +115,7 @@ class Row:
     kernels: int | None = None
     megabytes: float | None = None
     tb_per_s: float | None = None
+    tflop_per_s: float | None = None
     floor_us: float | None = None
     relative_error: float | None = None
     config: str | None = None
@@ -237,7 +241,7 @@ def random_cache(
 def relative_error(
     out: jax.Array, q: jax.Array, cache: QuantizedKVCache, context: int, window: int | None
 ) -> float:
-    """``|out - ref| / |ref|`` of at most two sequences, float32 attention of the stored values."""
+    """``|out - ref| / |ref|`` of the last tokens of two sequences, for float32 attention."""
     rows = min(2, q.shape[0])
     first = 0 if window is None else max(0, context - window)
 
@@ -246,11 +250,11 @@ def relative_error(
         k, v = read(cache, 0, jnp.arange(rows, dtype=jnp.int32), context)
         k, v = k[:, first:], v[:, first:]
         heads = cache.num_kv_heads
-        wide = q[:rows, 0].astype(jnp.float32).reshape(rows, heads, -1, q.shape[-1])
+        wide = q[:rows, -1].astype(jnp.float32).reshape(rows, heads, -1, q.shape[-1])
         exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
         p = jax.nn.softmax(exact("bhgd,bthd->bhgt", wide, k) * q.shape[-1] ** -0.5, axis=-1)
-        reference = exact("bhgt,bthd->bhgd", p, v).reshape(out[:rows].shape)
-        difference = out[:rows].astype(jnp.float32) - reference
+        reference = exact("bhgt,bthd->bhgd", p, v).reshape(out[:rows, -1].shape)
+        difference = out[:rows, -1].astype(jnp.float32) - reference
         return jnp.linalg.norm(difference) / jnp.linalg.norm(reference)
 
     return float(error(out, q, cache))
@@ -259,17 +263,20 @@ def relative_error(
 def measure(args: argparse.Namespace, row: Row) -> list[Row]:
     """Check and time one case; the fastest config, and every one that failed."""
     fmt = format_of(row.format)
-    on_gpu = jax.devices()[0].platform == "gpu"
     kernel = row.backend == "mosaic_gpu"
-    shape = (row.batch, 1, args.q_heads, args.head_dim)
+    shape = (row.batch, args.tokens, args.q_heads, args.head_dim)
     q = jax.random.normal(jax.random.key(7), shape).astype(args.dtype)
     # The xla form goes through all pages there are: it gets one set, which has to be large.
-    cache, tables = random_cache(args, fmt, row.context, row.batch, on_gpu and kernel)
-    configs: list[tuple[Any, str]] = [(None, "xla")]
-    if kernel:
+    cache, tables = random_cache(args, fmt, row.context, row.batch, kernel)
+    configs: list[tuple[Any, str]] = [(None, row.backend)]
+    reason = None
+    if row.backend == "cudnn":
+        reason = prefill_unsupported_reason(q, cache, 0, args.window, None)
+    elif kernel:
         reason = paged_attention_unsupported_reason(q, cache, 0)
-        if reason is not None:
-            return [dataclasses.replace(row, skipped=reason)]
+    if reason is not None:
+        return [dataclasses.replace(row, skipped=reason)]
+    if kernel:
         problem = decode_problem(q, cache, 0)
         configs = [(paged_decode.heuristic_config(problem), "heuristic")]
         others = [c for c in paged_decode.search_space(problem) if c != configs[0][0]]
@@ -302,11 +309,11 @@ def _time_one(
     scale = args.head_dim**-0.5
 
     def attend(q: jax.Array, cache: QuantizedKVCache, lengths: jax.Array) -> jax.Array:
-        positions = lengths[:, None] - 1
+        positions = lengths[:, None] + jnp.arange(-args.tokens, 0, dtype=jnp.int32)[None, :]
         if config is None:
             where = positions, slots, lengths
             options = {"scale": scale, "window": args.window, "backend": row.backend}
-            return paged_attention(q, cache, 0, *where, **options)
+            return paged_attention(q, cache, 0, *where, consecutive=True, **options)
         grouped = q.reshape(row.batch, args.kv_heads, -1, args.head_dim)
         out = decode_by_kernel(
             grouped, cache, 0, positions, slots, lengths, scale, args.window, config=config
@@ -324,6 +331,7 @@ def _time_one(
     )
     median = statistics.median(seconds)
     seen = row.context if args.window is None else min(args.window, row.context)
+    pairs = args.tokens * (seen - (args.tokens - 1) / 2)  # of a query and a key it sees
     size = args.head_dim * fmt.bits / 8 + (4 if fmt.stores_scales else 0)
     moved = 2 * row.batch * seen * args.kv_heads * size
     rate = args.rate
@@ -338,6 +346,7 @@ def _time_one(
         kernels=kernels,
         megabytes=moved / 1e6,
         tb_per_s=moved / median / 1e12,
+        tflop_per_s=4 * row.batch * pairs * args.q_heads * args.head_dim / median / 1e12,
         floor_us=None if rate is None else moved / rate / 1e6,
     )
 
@@ -393,26 +402,20 @@ def table(rows: Sequence[Row]) -> list[str]:
     """A Markdown table."""
     found = ratios(rows)
     lines = [
-        "| context | batch | format | backend | us | TB/s | floor | vs bf16 | vs xla | error "
-        "| config |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| context | batch | format | backend | us | TB/s | TFLOP/s | floor | vs bf16 | vs xla "
+        "| error | config |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     for row in rows:
         head = f"| {row.context} | {row.batch} | {row.format} | {row.backend} |"
         if row.us is None:
-            lines.append(f"{head} {row.error or f'skipped: {row.skipped}'} |||||||")
+            lines.append(f"{head} {row.error or f'skipped: {row.skipped}'} ||||||||")
             continue
         floor = None if row.floor_us is None else row.floor_us / row.us
-        bf16, xla = found[row]
-        lines.append(
-            f"{head} {row.us:.2f} | {row.tb_per_s:.3f} | {number(floor, '.1%')} | "
-            f"{number(bf16, '.2f')} | {number(xla, '.2f')} | {row.relative_error:.1e} | "
-            f"{row.config or '-'} |"
-        )
+        numbers = [(row.tflop_per_s, ".1f"), (floor, ".1%"), *((x, ".2f") for x in found[row])]
+        middle = " | ".join("-" if x is None else format(x, form) for x, form in numbers)
+        end = f"{row.relative_error:.1e} | {row.config or '-'} |"
+        lines.append(f"{head} {row.us:.2f} | {row.tb_per_s:.3f} | {middle} | {end}")
     return lines
 
 
@@ -426,11 +429,8 @@ def plot(rows: Sequence[Row], path: str) -> None:
     figure, axis = pyplot.subplots(figsize=(2 + 1.6 * len(cases), 4.5))
     width = 0.85 / len(kinds)
     for i, (name, backend) in enumerate(kinds):
-        rate = {
-            (r.context, r.batch): r.tb_per_s
-            for r in rows
-            if (r.format, r.backend) == (name, backend)
-        }
+        bars = [row for row in rows if (row.format, row.backend) == (name, backend)]
+        rate = {(row.context, row.batch): row.tb_per_s for row in bars}
         heights = [rate.get(case) or 0.0 for case in cases]
         places = [j + (i - (len(kinds) - 1) / 2) * width for j in range(len(cases))]
         hatch = "//" if backend == "xla" else None
@@ -458,8 +458,8 @@ def check(args: argparse.Namespace) -> None:
         case_of(case)
     if args.kv_heads < 1 or args.q_heads % args.kv_heads:
         raise ValueError(f"--q-heads {args.q_heads} must be a multiple of --kv-heads")
-    if args.launches < 1 or args.search < 0:
-        raise ValueError("--launches must be at least 1 and --search at least 0")
+    if args.launches < 1 or args.search < 0 or args.tokens < 1:
+        raise ValueError("--launches and --tokens must be at least 1 and --search at least 0")
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'qjax[plot]'")
     if args.plot is not None and not pathlib.Path(args.plot).resolve().parent.is_dir():

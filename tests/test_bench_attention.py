@@ -86,7 +86,7 @@ def test_ratios_and_plot(tmp_path):
     ]
     assert ratios(rows) == {rows[0]: (1.0, None), rows[1]: (2.0, 5.0), rows[2]: (None, 1.0)}
     lines = table(rows)
-    assert "| 50.0% | 2.00 | 5.00 |" in lines[3] and "| no |" in lines[5]
+    assert "| - | 50.0% | 2.00 | 5.00 |" in lines[3] and "| no |" in lines[5]
     pytest.importorskip("matplotlib")
     bench_attention.plot(rows, str(tmp_path / "rates.png"))
     assert (tmp_path / "rates.png").stat().st_size > 1000
@@ -105,7 +105,7 @@ def test_names():
         (["--cases", "8192"], "case '8192' must be CONTEXTxBATCH"),
         (["--backends", "triton"], "unknown backend 'triton'"),
         (["--q-heads", "3"], "--q-heads 3 must be a multiple"),
-        (["--launches", "0"], "--launches must be at least 1"),
+        (["--launches", "0"], "--tokens must be at least 1"),
     ],
 )
 def test_bad_arguments_exit_with_2(flags, message, capsys):
