@@ -42,7 +42,8 @@ class QuantizedKVCache:
       values: Likewise.
       key_scales: Per layer: None (plain types), float32 ``[kv_heads]`` (static), or float32
         ``[num_pages, kv_heads, page_size]`` (dynamic, tracked): the scale with which that token was
-        written. It is never rewritten, so stored tokens keep their meaning.
+        written. It is never rewritten, so stored tokens keep their meaning. Of int4 keys it may be
+        negative.
       value_scales: Likewise.
       running: Per layer: None, or float32 ``[2, max_seqs, kv_heads]`` (tracked): decayed running
         absmax of keys and values of the sequence in each slot. Per slot, so that a sequence's
@@ -53,7 +54,7 @@ class QuantizedKVCache:
       layer_absmax: Per layer float32 ``[2, kv_heads]``: largest finite magnitude of keys and values
         ever written.
       layer_saturated: Per layer int32 ``[2]``: key and value elements that were clipped or were not
-        finite. Stops at the int32 maximum.
+        finite. Stops at the int32 maximum. What int4 clips because it pays is not counted.
       layer_underflowed: Per layer int32 ``[2]``: key and value elements that were not 0 and are
         stored as 0. Stops at the int32 maximum.
       page_table: int32 ``[max_seqs, pages_per_seq]``. Unused entries hold ``num_pages``; writes

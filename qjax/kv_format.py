@@ -119,6 +119,24 @@ class KVFormat:
         return self.mode in ("dynamic", "tracked")
 
     @property
+    def clips(self) -> bool:
+        """Whether the scale of a token may be smaller than its largest element needs.
+
+        Only int4 with scales of its own: clipping an element or two makes its 15 steps finer.
+        """
+        return self.packed and self.stores_scales
+
+    @property
+    def mixes_keys(self) -> bool:
+        """Whether the model's attention stores keys in a mixed basis, and queries see them so.
+
+        An orthogonal matrix over the features of a head leaves every logit as it is, and makes
+        features equally large, which 15 steps need: int4 with scales of its own. Not where the
+        bias is left out, whose part of the logits is computed in the plain basis.
+        """
+        return self.packed and self.stores_scales and not self.without_key_bias
+
+    @property
     def bits(self) -> int:
         """Bits of one value, without its scale."""
         return 4 if self.packed else jnp.dtype(self.dtype).itemsize * 8

@@ -1,4 +1,4 @@
-"""Generate text for one prompt or a file of prompts, with quantized weights and KV cache."""
+"""Generate text with quantized weights and KV cache: for prompts, or for clients over HTTP."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from qjax.checkpoints.hf import resolve_folder
 from qjax.formats import FORMATS, parse_format
 from qjax.kv_format import parse_kv_format
 from qjax.models.config import ModelConfig
-from qjax.sampling import SamplingParams
 from qjax.serving import Engine
 from qjax.serving.build import ModelChoices, build_engine, engine_config
+from qjax.serving.http_flags import check_flags, run_server, sampling_defaults, take_address
 from qjax.serving.kv_scales import (
     PLAIN_EXPORT_DTYPE,
     check_export,
@@ -31,6 +31,7 @@ from qjax.serving.kv_scales import (
     scales_for_run,
 )
 from qjax.serving.offline import Job, prepare, run
+from qjax.serving.printer import Printer
 from qjax.serving.prompts import Prompt, read_prompts
 from qjax.serving.report import Summary
 from qjax.serving.results import Result, ResultFile, checkpoint_fingerprint, fingerprint
@@ -56,6 +57,8 @@ examples
   Sampled answers of a chat model, the MLP output projections unquantized:
     python scripts/serve.py --model DIR --chat --prompt "Why is the sky blue?" \\
       --quantization int8 --skip-layers '.*/down_proj/kernel' --temperature 0.7 --top-p 0.9
+  OpenAI's API on port 30000 (needs pip install 'qjax[server]'):
+    python scripts/serve.py --model DIR --quantization fp8 --port 30000
 
 prompt files
   .txt    one prompt per line; blank lines are skipped
@@ -67,6 +70,11 @@ output
   end-of-sequence token if that was the end), prompt_tokens, finish_reason ("stop" or "length").
   Finished results are kept in OUTPUT.partial; after an interruption the same command goes on from
   there. Results do not depend on what else runs at the same time.
+
+server
+  With --port: POST /v1/completions and /v1/chat/completions, GET /v1/models, /health, /metrics.
+  The sampling flags are then the defaults of requests; --max-model-len is 4096, or what the model
+  was made for if that is less. Ctrl-C lets running requests end, for 10 seconds.
 
 Compiling takes most of a short run's time. Set JAX_COMPILATION_CACHE_DIR to a folder, and the next
 run with the same shapes skips it.
@@ -167,11 +175,27 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace existing output files")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="per prompt (default: 64)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="per prompt (default: 64; of requests over HTTP 16, or for chats the whole context)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="0 is greedy (default; 1 for requests over HTTP)",
+    )
     add("--top-p", type=float, default=1.0, metavar="P", help="nucleus probability (default: 1)")
     add("--top-k", type=int, default=0, metavar="K", help="most likely tokens; 0 for all (default)")
-    add("--seed", type=int, default=0, metavar="S", help="prompt i uses S + i (default: 0)")
+    add(
+        "--seed",
+        type=int,
+        metavar="S",
+        help="prompt i uses S + i (default: 0; over HTTP, requests without a seed get one at "
+        "random, and with S the same ones in order of arrival in every run)",
+    )
     add("--ignore-eos", action="store_true", help="always generate max-new-tokens")
 
     add = parser.add_argument_group("capacity").add_argument
@@ -209,6 +233,12 @@ def build_parser() -> argparse.ArgumentParser:
         "changes no result; it saves memory page by page, and time in whole prefill chunks",
     )
 
+    add = parser.add_argument_group("HTTP server").add_argument
+    add("--port", type=int, metavar="PORT", help="serve here (0: any free port); see below")
+    add("--host", metavar="ADDRESS", help="address to serve at (default: 127.0.0.1)")
+    add("--served-model-name", metavar="NAME", help="name in the API (default: the model's path)")
+    add("--api-key", metavar="KEY", help="what clients must send as bearer token (default: none)")
+
     add = parser.add_argument_group("other").add_argument
     add("--info", action="store_true", help="print what this device runs natively, and exit")
     add("--quiet", action="store_true", help="no progress bar and no summary")
@@ -234,48 +264,9 @@ def static_kv_dtype(choices: ModelChoices) -> str | None:
     return chosen.dtype if chosen.quantized else None
 
 
-class Printer:
-    """Prints results in input order, each as soon as all before it are done."""
-
-    def __init__(self, count: int, streaming: bool) -> None:
-        self.count, self.streaming = count, streaming
-        self.ready: dict[int, Result] = {}
-        self.next = 0
-
-    def start(self, prompt: str) -> None:
-        """With one prompt only: print it, its text follows piece by piece."""
-        if self.streaming:
-            print(prompt, end="", flush=True)
-
-    def text(self, piece: str) -> None:
-        """A new piece of text."""
-        if self.streaming:
-            print(piece, end="", flush=True)
-
-    def add(self, index: int, result: Result) -> None:
-        """A finished result."""
-        if self.streaming:
-            print(flush=True)
-            return
-        self.ready[index] = result
-        while self.next in self.ready:
-            self._print(self.next, self.ready.pop(self.next))
-            self.next += 1
-
-    def rest(self) -> None:
-        """After an interruption: what is finished, though something before it is not."""
-        if self.streaming:
-            print(flush=True)
-        for index in sorted(self.ready):
-            self._print(index, self.ready[index])
-
-    def _print(self, index: int, result: Result) -> None:
-        head = f"--- {index + 1}/{self.count}: {len(result.token_ids)} tokens"
-        tqdm.write(f"{head}, {result.finish_reason}\n{result.prompt}{result.text}")
-
-
 def generate(args: argparse.Namespace) -> None:
     """The whole job; everything that can be wrong with the input is found before weights load."""
+    check_flags(args)
     preset = PRESETS[args.preset or "research"]
     args.quantization = args.quantization or preset.quantization
     calibration = parse_calibration(args.quantization)
@@ -293,10 +284,14 @@ def generate(args: argparse.Namespace) -> None:
     if args.output is not None and Path(args.output).suffix != ".jsonl":
         raise ValueError(f"--output {args.output}: results are JSON lines; name it .jsonl")
     if args.export_kv_scales is not None:
-        check_export(args.export_kv_scales, overwrite=args.overwrite)
-    prompts = gather_prompts(args)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
-    defaults = SamplingParams(**{name: getattr(args, name) for name in names})
+        check_export(
+            args.export_kv_scales,
+            overwrite=args.overwrite,
+            kv_dtype=args.kv_cache_dtype,
+            static=args.kv_scale_mode == "static" or args.quantization_param_path is not None,
+        )
+    prompts = gather_prompts(args) if args.port is None else []
+    defaults = sampling_defaults(args)
     folder = resolve_folder(args.model or bundled_model_path())
     model_config = ModelConfig.from_hf(folder)
     kv_scales = None
@@ -320,6 +315,8 @@ def generate(args: argparse.Namespace) -> None:
         prefix_cache=not args.disable_radix_cache,
         kv_counters=True if args.kv_stats or args.export_kv_scales else None,
     )
+    bound = None if args.port is None else take_address(args)
+    model = args.model or folder.name
     if calibration is not None:
         folder = calibrated_folder(
             folder,
@@ -347,6 +344,12 @@ def generate(args: argparse.Namespace) -> None:
             on_note=lambda line: note(args, line),
         )
 
+    if bound is not None:
+        engine, *formats = build()
+        run_server(args, bound, engine, tokenizer, model=model, say=lambda line: note(args, line))
+        summarize(args, engine, *formats)
+        export(args, engine)
+        return
     if args.output is None:
         printer = Printer(len(jobs), streaming)
         engine, *formats = build()

@@ -53,7 +53,7 @@ def test_any_chunking_stores_what_quantizing_at_once_gives(fmt):
     got = stored(whole)
     for which, x in enumerate((keys, values)):
         for slot, length in enumerate(lengths):
-            want, running = expected(x[slot, :length], fmt, STATIC[which])
+            want, running = expected(x[slot, :length], fmt, STATIC[which], keys=which == 0)
             np.testing.assert_array_equal(got[which][slot, :length], want)
             if fmt.mode == "tracked":
                 assert whole.running[0] is not None
@@ -258,7 +258,10 @@ def test_infinities_and_nans_are_stored_finite_and_counted(fmt):
         "dynamic": np.abs(clean[0, 1, 0]).max(),
         "tracked": max(np.abs(clean[0, 1, 0]).max(), np.abs(clean[0, 0, 0]).max() / 2),
     }[fmt.mode]
-    np.testing.assert_allclose(keys[1, 0, :2], [largest, -largest], rtol=1e-6)
+    if fmt.clips:  # with codes from 0.64 * 7 to 8 seventh of it
+        assert (np.abs(keys[1, 0, :2] / largest - [0.9, -0.9]) < 0.27).all()
+    else:
+        np.testing.assert_allclose(keys[1, 0, :2], [largest, -largest], rtol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "tracked"])

@@ -175,6 +175,8 @@ def test_measured_kv_scales_are_exported_and_read_back(model, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[3].split()[:4] == ["0", "f32", "0", "0"]
     values = json.loads(scales.read_text())
     assert values["dtype"] == "float8_e4m3fn" and list(values["layers"]) == ["0"]
+    assert serve_main(model, *measure, "--overwrite", "--kv-cache-dtype", "int4") == 2
+    assert "cannot be measured with a KV cache in int4" in capsys.readouterr().err
     assert serve_main(model, *measure) == 2
     assert "scales.json exists; name another file, or give --overwrite" in capsys.readouterr().err
 

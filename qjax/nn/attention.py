@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qjax.calibration.rotation import random_hadamard, rotate
 from qjax.kv_cache import QuantizedKVCache
 from qjax.nn.layers import QuantDense, RMSNorm, Taps
 from qjax.nn.rotary import RopeScaling, apply_rotary, rope_frequencies
@@ -77,7 +78,7 @@ class Attention(nn.Module):
 
         Returns:
           ``(b, t, hidden)``, the new cache, and the inputs of the four linear layers together with
-          the keys and values as they enter the cache, ``(b, t, num_kv_heads, head_dim)``.
+          keys (after the rotary embedding) and values, ``(b, t, num_kv_heads, head_dim)``.
 
         Raises:
           ValueError: If there is a cache without slots or valid, or its format leaves out a key
@@ -130,10 +131,23 @@ class Attention(nn.Module):
         else:
             if slots is None or valid is None:
                 raise ValueError("attention over a cache needs slots and valid")
-            cache = append(cache, self.layer, k, v, positions, slots, valid)
+            queries, keys = q, k
+            if fmt is not None and fmt.mixes_keys:
+                basis = random_hadamard(self.head_dim)
+                queries, keys = (rotate(x, basis).astype(x.dtype) for x in (q, k))
+            cache = append(
+                cache,
+                self.layer,
+                keys,
+                v,
+                positions,
+                slots,
+                valid,
+                backend=self.attention_backend,
+            )
             lengths = jnp.max(jnp.where(valid, positions + 1, 0), axis=1)
             out = paged_attention(
-                q,
+                queries,
                 cache,
                 self.layer,
                 positions,

@@ -10,7 +10,9 @@ stores both; nothing written before is touched, so a token decodes to the same v
 
 The tracked recurrence is evaluated on the exponent bits of float32, where halving is an exact
 integer subtraction: any split of a sequence into chunks gives the same bits. Since ``a_t >=
-absmax_t`` a finite token is never clipped; an outlier is forgotten within a few tokens.
+absmax_t`` a finite token is never clipped; an outlier is forgotten within a few tokens. Of int4 the
+scale that is stored may be a little smaller, clipping on purpose, and for keys negative
+(``best_scale``): it multiplies logits, whereas kernels take the logarithm of a value's scale.
 
 What unusual inputs become (tests/test_kv_cache.py): NaN is stored as 0, an infinity as the largest
 magnitude its scale represents (0 if the token and its history hold nothing else), both are counted
@@ -27,11 +29,14 @@ import jax.numpy as jnp
 from qjax import numerics
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat
+from qjax.ops._append import append_by_kernel, kernel_by_default
 from qjax.typing import Array, DType
 
 # One step of the float32 exponent: subtracting it from the bits of a normal number halves it.
 _HALVE = 1 << 23
 _INT32_MAX = 2**31 - 1
+CLIP_FACTORS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64)
+"""Scales that are tried where clipping may pay, over the one that clips nothing."""
 
 
 def decay_scan(absmax: Array, start: Array, valid: Array) -> Array:
@@ -102,7 +107,9 @@ def quantize_kv(x: Array, scale: Array | None, limit: Array, fmt: KVFormat) -> A
     if scale is not None:
         x = x / scale
     if fmt.packed:
-        return pack_int4(numerics.cast_saturating(x, jnp.int8, lower=-7, upper=7))
+        return pack_int4(
+            numerics.cast_saturating(x, jnp.int8, lower=-8 if fmt.clips else -7, upper=7)
+        )
     codes = numerics.cast_saturating(x, jnp.dtype(fmt.dtype), lower=-fmt.bound, upper=fmt.bound)
     if codes.dtype != fmt.storage_dtype:
         codes = jax.lax.bitcast_convert_type(codes, fmt.storage_dtype)
@@ -116,6 +123,36 @@ def scale_of(absmax: Array, fmt: KVFormat) -> Array:
     return jnp.where(scale < numerics.TINY, jnp.float32(1), scale)
 
 
+def best_scale(x: Array, scale: Array, signed: bool) -> Array:
+    """The scale for int4 codes -8..7 that stores a token with the least squared error.
+
+    With few codes it pays to clip the largest elements, as the others get finer steps; and a
+    negative scale turns the range round, for tokens whose largest element is positive. Errors are
+    compared in whole numbers, so that the choice does not depend on the order of a sum.
+
+    Args:
+      x: float32 ``[..., head_dim]``.
+      scale: float32 ``[...]``, which covers all of ``x`` with codes -7..7.
+      signed: Whether the result may be negative.
+
+    Returns:
+      float32 ``[...]``, the scale times one of ``CLIP_FACTORS``, or minus that.
+    """
+    x = jnp.where(jnp.isfinite(x), x, jnp.float32(0))
+    best, least = scale, jnp.full(scale.shape, jnp.inf, jnp.float32)
+    for sign in (1, -1) if signed else (1,):
+        for factor in CLIP_FACTORS:
+            tried = scale * jnp.float32(sign * factor)
+            codes = x / tried[..., None]
+            error = codes - jnp.clip(jnp.round(codes), -8, 7)
+            # At most 7 / 0.64 - 7 = 4 steps off: 16 * 512 * head_dim, far from overflow.
+            steps = jnp.sum(jnp.round(error * error * 512).astype(jnp.int32), axis=-1)
+            total = steps.astype(jnp.float32) * jnp.float32(factor * factor)
+            best = jnp.where(total < least, tried, best)
+            least = jnp.minimum(total, least)
+    return best
+
+
 def append(
     cache: QuantizedKVCache,
     layer: int,
@@ -124,6 +161,8 @@ def append(
     positions: Array,
     slots: Array,
     valid: Array,
+    *,
+    backend: str | None = None,
 ) -> QuantizedKVCache:
     """Quantize tokens and store them in one layer, in place when the cache is donated.
 
@@ -141,6 +180,7 @@ def append(
       positions: int32 ``[b, t]``, position of each token in its sequence.
       slots: int32 ``[b]``, slot of each row.
       valid: bool ``[b, t]``; False for padding.
+      backend: ``"xla"`` for XLA's form; else the kernel may be used (see ``ops._append``).
 
     Returns:
       The cache with the tokens stored, statistics and counters updated.
@@ -149,6 +189,8 @@ def append(
       ValueError: If the layer does not exist or shapes disagree.
     """
     _check_append(cache, layer, keys, values, positions, slots, valid)
+    if backend != "xla" and kernel_by_default(cache, layer, keys):
+        return append_by_kernel(cache, layer, keys, values, positions, slots, valid)
     fmt, page_size = cache.formats[layer], cache.page_size
     b, t, heads, _ = keys.shape
 
@@ -192,6 +234,8 @@ def append(
                     limit = decay_scan(absmax, statistic[index, safe_slots], stored)
                     limits.append(limit)
                 scale = scale_of(limit, fmt)
+                if fmt.clips:
+                    scale = best_scale(x, scale, signed=index == 0)
             wide = None if scale is None else scale[..., None]
             codes = quantize_kv(x, wide, limit[..., None], fmt)
         with jax.named_scope("store_kv"):
@@ -202,12 +246,12 @@ def append(
         if not cache.counted:
             continue
         outside = ~finite
-        if fmt.mode in ("none", "static"):  # the other modes never clip a finite value
+        if fmt.mode in ("none", "static"):  # the other modes never clip unless it pays
             top = jnp.float32(fmt.clipped_from) * (jnp.float32(1) if wide is None else wide)
             outside |= jnp.abs(x) > top
         outside &= stored[..., None, None]
         clipped.append(jnp.sum(outside, dtype=jnp.int32))
-        low = jnp.float32(fmt.lost_up_to) * (jnp.float32(1) if wide is None else wide)
+        low = jnp.float32(fmt.lost_up_to) * (jnp.float32(1) if wide is None else jnp.abs(wide))
         zeroed = (jnp.abs(x) <= low) & (x != 0) & stored[..., None, None]
         lost.append(jnp.sum(zeroed, dtype=jnp.int32))
         seen.append(jnp.max(absmax, axis=(0, 1)))

@@ -63,13 +63,25 @@ def scales_fingerprint(scales: KVScales | None) -> str | None:
     return fingerprint([scales.dtype, numbers, scales.without_key_bias])
 
 
-def check_export(path: str | Path, *, overwrite: bool) -> None:
-    """Find out before a long run whether scales can be written.
+def check_export(path: str | Path, *, overwrite: bool, kv_dtype: str, static: bool) -> None:
+    """Find out before a long run whether scales can be measured and written.
+
+    Args:
+      path: The file to be.
+      overwrite: Whether it may exist.
+      kv_dtype: KV cache type by its command-line name.
+      static: Whether the run itself uses static scales.
 
     Raises:
-      ValueError: If the name does not end in ``.json``, the file exists or its folder does not.
+      ValueError: If the name does not end in ``.json``, the file exists or its folder does not, or
+        the type mixes the features of keys.
     """
     path = Path(path)
+    if kv_dtype == "int4" and not static:
+        raise ValueError(
+            f"{path}: static scales cannot be measured with a KV cache in int4, which mixes the "
+            "features of keys; measure with another KV cache type"
+        )
     if path.suffix != ".json":
         raise ValueError(f"{path}: scales are written as JSON; name the file .json")
     if path.exists() and not overwrite:
@@ -93,8 +105,16 @@ def export_scales(path: str | Path, cache: QuantizedKVCache, config: ModelConfig
       The type they are for.
 
     Raises:
-      ValueError: If a layer has seen nothing but zeros.
+      ValueError: If a layer has seen nothing but zeros, or keys in another basis than static scales
+        are for.
     """
+    mixed = [i for i, f in enumerate(cache.formats) if f.mixes_keys]
+    if mixed:
+        raise ValueError(
+            f"layer {mixed[0]} holds keys in {cache.formats[mixed[0]].name}, which mixes the "
+            "features of a head; static scales are for plain ones: measure with another KV cache "
+            "type"
+        )
     dtype = next((f.dtype for f in cache.formats if f.quantized), PLAIN_EXPORT_DTYPE)
     pairs = [p for p in static_scales_from(cache, KVFormat(dtype, "static")) if p is not None]
     apart = tuple(i for i, f in enumerate(cache.formats) if f.without_key_bias)
