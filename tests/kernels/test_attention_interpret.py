@@ -25,28 +25,16 @@ pytestmark = pytest.mark.skipif(
 
 CASES: dict[str, tuple[KVFormat, Sizes, list[int], Config]] = {
     "bf16": (KVFormat("bfloat16"), Sizes(1, 3, 64), [130, 0], Config(64, 2)),
-    "f16_small_pages": (
-        KVFormat("float16"),
-        Sizes(1, 1, 64, page=32, dtype="float16"),
-        [70],
-        Config(64, 2),
-    ),
-    "e4m3_static_splits": (
+    "e4m3_static_small_pages_splits": (
         KVFormat("float8_e4m3fn", "static"),
-        Sizes(2, 2, 64),
-        [129, 1],
+        Sizes(2, 1, 64, page=32, dtype="float16"),
+        [129],
         Config(64, 2, 2),
     ),
-    "e5m2_dynamic_window": (
-        KVFormat("float8_e5m2", "dynamic"),
-        Sizes(1, 2, 64, window=70),
-        [200],
-        Config(64, 2),
-    ),
-    "int8_tracked_cap": (
+    "int8_tracked_window_cap": (
         KVFormat("int8", "tracked"),
-        Sizes(1, 9, 64, soft_cap=2.0),
-        [65],
+        Sizes(1, 9, 64, window=70, soft_cap=2.0),
+        [200],
         Config(64, 2),
     ),
     "int4_large_pages": (
@@ -71,10 +59,10 @@ def test_matches_float64(name: str) -> None:
 
 
 def test_no_data_race_and_the_same_twice() -> None:
-    """Five tiles through two slots; the interpreter watches every access."""
+    """Four tiles through two slots; the interpreter watches every access."""
     races: Any = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
     plgpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
-    sizes, lengths = Sizes(1, 2, 64), [300]
+    sizes, lengths = Sizes(1, 2, 64), [200]
     cache = filled(KVFormat("int8", "dynamic"), lengths, sizes)
     q = queries(sizes, 1)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
