@@ -110,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     args = build_parser().parse_args(argv)
     if args.layers < 2:
-        print(f"error: --layers {args.layers} must be at least 2: the first compiles")
+        print(
+            f"error: --layers {args.layers} must be at least 2: the first compiles", file=sys.stderr
+        )
         return 2
     prefer_quick_compilation()
     if args.time_limit is not None:

@@ -14,6 +14,7 @@ from qjax.calibrate.settings import METHODS, Settings
 from qjax.calibrate.text import read_documents, sample_tokens
 from qjax.checkpoints.hf import resolve_folder
 from qjax.formats import FORMATS, QuantFormat, parse_format
+from qjax.models.config import ModelConfig
 from qjax.tokenizer import Tokenizer
 
 KV_DTYPES = {"none": None, "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "int8": "int8"}
@@ -107,7 +108,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--text", "--calibration-data", type=Path, metavar="FILE", help="calibration text")
     add("--num-samples", type=int, default=128, help="sequences of text; default: %(default)s")
-    add("--seq-len", type=int, default=2048, help="tokens per sequence; default: %(default)s")
+    add(
+        "--seq-len",
+        type=int,
+        help="tokens per sequence; default: 2048, or what the model was made for if that is less",
+    )
     add("--batch-tokens", type=int, default=8192, help="per forward pass; default: %(default)s")
     add("--damping", type=float, default=0.01, help="GPTQ; default: %(default)s")
     add("--sweeps", type=int, default=4, help="coordinate descent sweeps; default: %(default)s")
@@ -180,11 +185,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         samples = None
         if args.text is not None:
             tokenizer = Tokenizer.from_folder(folder)
+            limit = ModelConfig.from_hf(folder).max_position_embeddings
+            seq_len = min(2048, limit) if args.seq_len is None else args.seq_len
+            if seq_len > limit:
+                raise ValueError(
+                    f"--seq-len {seq_len} exceeds the {limit} positions of the model; lower it"
+                )
             samples = sample_tokens(
                 read_documents(args.text),
                 tokenizer.encode,
                 num_samples=args.num_samples,
-                seq_len=args.seq_len,
+                seq_len=seq_len,
                 bos_id=tokenizer.bos_id,
             )
         elif settings.needs_data:

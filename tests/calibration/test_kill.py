@@ -50,6 +50,8 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path: pathlib.Path) -> None:
     flags += ["--no-sequential", "--num-samples", "4", "--output"]
     assert script.main([*flags, str(tmp_path / "whole")]) == 0
 
+    assert script.main([*flags, str(tmp_path / "x"), "--seq-len", "65"]) == 2  # of 64 positions
+
     killed = tmp_path / "killed"
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
