@@ -115,8 +115,9 @@ def call(
                     if pages > 1:
                         target = target.at[pl.ds(i * page // per, page // per)]
                     elif page > tokens:
-                        first = lax.div(lax.rem(index * tokens, _I32(page)), _I32(per))
-                        source = source.at[pl.ds(first, tokens // per)]
+                        # Written so that its divisibility by the tiles of shared memory shows.
+                        start_row = lax.rem(index, _I32(page // tokens)) * (tokens // per)
+                        source = source.at[pl.ds(start_row, tokens // per)]
                     plgpu.copy_gmem_to_smem(source, target, ready.at[slot])
 
         # Looked up together, so that their latencies overlap.

@@ -72,7 +72,9 @@ def _scaled(p: Ptx, tile: Tile, words: list[Value]) -> tuple[list[Value], Value]
     exponent = p.maximum(p.shift_right(top, 23), 27)
     up = p.bits_float(p.shift_left(p.sub(p.integer(268), exponent), 23))
     scaled = [p.pack(p.fmul(x[i], up), p.fmul(x[i + 1], up), "f16") for i in range(0, len(x), 2)]
-    if tile.kind == "int4":  # keys of the second half of the head are 16 times as large
+    if (
+        tile.kind == "int4" and tile.biased
+    ):  # keys of the second half of the head are 16 times as large
         half = len(scaled) // 2
         scaled[half:] = [p.fma_halves(word, 0x2C00, 0x8000) for word in scaled[half:]]
     return scaled, p.shift_left(p.add(exponent, -14), 23)

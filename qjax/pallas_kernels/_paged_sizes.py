@@ -44,8 +44,11 @@ class Tile:
 
     @property
     def biased(self) -> bool:
-        """Whether keys are multiplied with a constant added, which is taken back afterwards."""
-        return self.kind in ("int8", "int4")
+        """Whether keys are multiplied with a constant added, which is taken back afterwards.
+
+        Not where the registers for that would be lacking.
+        """
+        return self.kind in ("int8", "int4") and self.quads <= 16
 
     @property
     def factors(self) -> int:

@@ -29,14 +29,14 @@ _NOTHING = int(np.float32(-1e30).view(np.uint32))
 _MINUS_INFINITY = 0xFF800000
 
 
-def unpack(p: Ptx, word: Value, kind: str, *, values: bool) -> list[Value]:
+def unpack(p: Ptx, word: Value, kind: str, *, values: bool, biased: bool = False) -> list[Value]:
     """Pairs of float16 of a 32-bit word of codes, bytes b0 ... b3.
 
     Returns:
       ``[(b0, b2), (b1, b3)]``; for the keys of fp8_e4m3 ``[(b0, b1), (b2, b3)]``. For int4 the same
-      of the low nibbles, then of the high ones. Integer keys are 1152 (int8), 1032 (low nibbles)
-      more than the code, or 1152 more than 16 times the code (high nibbles): ``_paged_queries``
-      makes up for it. Of values the sums would be too long for that, they are exact.
+      of the low nibbles, then of the high ones. Where ``biased`` they are 1152 (int8), 1032 (low
+      nibbles) more than the code, or 1152 more than 16 times the code (high nibbles):
+      ``_paged_queries`` makes up for it. For values the sums would be too long.
     """
     if kind == "float8_e4m3fn":
         word = p.permute(word, 0, 0x3120) if values else word
@@ -46,16 +46,16 @@ def unpack(p: Ptx, word: Value, kind: str, *, values: bool) -> list[Value]:
     if kind == "int8":  # 1024 + (code + 128) is 0x6400 + the code with its sign flipped
         word = p.bits_xor(word, 0x80808080)
         both = [p.permute(word, 0x64646464, selector) for selector in (0x4240, 0x4341)]
-        return [p.add_halves(pair, 0xE480) for pair in both] if values else both  # - 1152
+        return [p.add_halves(pair, 0xE480) for pair in both] if not biased else both  # - 1152
     assert kind == "int4", kind
     result = []
     shifted = p.shift_right(word, 8)
     for source in (word, shifted):  # 1024 + (code + 8), the sign bit flipped
         low = p.bits_xor(p.bits_and(source, 0x000F000F), 0x64086408)
-        result.append(p.add_halves(low, 0xE408) if values else low)  # - 1032
+        result.append(p.add_halves(low, 0xE408) if not biased else low)  # - 1032
     for source in (word, shifted):  # 1024 + 16 (code + 8), to be divided by 16
         high = p.bits_xor(p.bits_and(source, 0x00F000F0), 0x64806480)
-        result.append(p.fma_halves(high, 0x2C00, 0xD480) if values else high)  # / 16 - 72
+        result.append(p.fma_halves(high, 0x2C00, 0xD480) if not biased else high)  # / 16 - 72
     return result
 
 
@@ -268,7 +268,9 @@ def _products(
             continue
         for chunk in range(2 * pair, min(2 * pair + 2, chunks)):
             low, high = words[2 * (chunk % 2) : 2 * (chunk % 2) + 2]  # tokens 0-7 and 8-15
-            low, high = (unpack(p, w, tile.kind, values=False) for w in (low, high))
+            low, high = (
+                unpack(p, w, tile.kind, values=False, biased=tile.biased) for w in (low, high)
+            )
             for i in range(len(low) // 2):  # int4: the high nibbles are the head's second half
                 a = [low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]]
                 multiply(chunk + i * tile.blocks // 2, a)

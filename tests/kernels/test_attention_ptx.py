@@ -77,6 +77,7 @@ CASES = {
     ),
     "int8": Case(Tile("int8", "bfloat16", 128, 16, 64, 3), 5, 64),
     "int8_96": Case(Tile("int8", "bfloat16", 96, 3, 64, 3, True), 0, 129, "bfloat16"),
+    "int4_256_16": Case(Tile("int4", "bfloat16", 256, 16, 64, 2, True), 0, 100, "bfloat16"),
     "int8_256": Case(Tile("int8", "bfloat16", 256, 2, 64, 2, True), 0, 129, "bfloat16"),
     "int4": Case(Tile("int4", "bfloat16", 128, 4, 128, 2, True), 0, 300, "bfloat16"),
     "int4_64": Case(Tile("int4", "float16", 64, 12, 128, 2), 100, 300, "float32", True),
