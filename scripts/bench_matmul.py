@@ -35,7 +35,7 @@ from qjax.ops.packed import (
     pack_unsupported_reason,
     packed_config,
     packed_dot,
-    packed_kernel,
+    packed_kernels,
 )
 from qjax.pallas_kernels import plain, weight_only
 from qjax.quantize import quantize, quantized_nbytes
@@ -245,14 +245,15 @@ def kernel_configs(x: jax.Array, w: Any, search: int) -> list[tuple[Any, str]]:
         others = [config for config in plain.search_space(m, k, n) if config != best]
         others = others[:: max(1, len(others) // max(1, search))][:search]
         return [(best, "heuristic"), *((other, "search") for other in others)]
-    kernel, problem = packed_kernel(x, w)
     best, source = packed_config(x, w)
-    others = [config for config in kernel.search_space(problem) if config != best]
-    if kernel is weight_only:
-        # Evenly over the space, whose neighbours are alike; the others' is sorted.
-        others = others[:: max(1, len(others) // max(1, search))]
-    others = others[:search]
-    return [(best, source), *((other, "search") for other in others)]
+    found = []
+    for kernel, problem in packed_kernels(x, w):
+        others = kernel.search_space(problem)
+        if kernel is weight_only:
+            # Evenly over the space, whose neighbours are alike; the others' is sorted.
+            others = others[:: max(1, len(others) // max(1, search))]
+        found += [(other, "search") for other in others if other != best][:search]
+    return [(best, source), *found]
 
 
 def time_one(
@@ -267,9 +268,9 @@ def time_one(
     named = None if config is None else str(config)
     row = dataclasses.replace(row, config=named, config_source=source)
     if config is not None and isinstance(weights[0], PackedWeight):
-        kernel, problem = packed_kernel(x, weights[0])
+        _, problem = packed_kernels(x, weights[0])[0]
         details = {
-            "kernel": kernel.__name__.rsplit(".", 1)[-1],
+            "kernel": type(config).__module__.rsplit(".", 1)[-1],
             "problem": dataclasses.asdict(problem),
             "config": dataclasses.asdict(config),
         }

@@ -282,7 +282,7 @@ def packed_unsupported_reason(x: Array, w: PackedWeight, *, interpret: bool = Fa
     elif _compute_dtype(x, w) == "bfloat16" and x.dtype == jnp.float16:
         reason = "float16 activations meet a weight packed with compute='bfloat16'"
     else:
-        kernel, problem = packed_kernel(x, w)
+        kernel, problem = packed_kernels(x, w)[0]
         reason = kernel.unsupported_reason(problem)
     if reason is not None:
         return reason
@@ -293,15 +293,24 @@ def packed_unsupported_reason(x: Array, w: PackedWeight, *, interpret: bool = Fa
     return None
 
 
-def packed_kernel(x: Array, w: PackedWeight, *, out_dtype: DType | None = None) -> tuple[Any, Any]:
-    """The module of the kernel for ``x @ w`` and the product as it sees it, its ``Problem``.
+def packed_kernels(
+    x: Array, w: PackedWeight, *, out_dtype: DType | None = None
+) -> list[tuple[Any, Any]]:
+    """The modules of the kernels that compute ``x @ w``, the one to prefer first.
 
     Arguments as for ``packed_dot``.
+
+    Returns:
+      Modules, each with the product as it sees it, its ``Problem``.
     """
     if w.fmt.activation is not None:
-        return _w8a8().kernel(x, w, out_dtype=out_dtype)
+        return [_w8a8().kernel(x, w, out_dtype=out_dtype)]
     problem = packed_problem(x, w, out_dtype=out_dtype)
-    return (weight_only if problem.m <= weight_only.MAX_ROWS else weight_only_large), problem
+    large = (weight_only_large, problem)
+    if problem.m > weight_only.MAX_ROWS:
+        return [large]
+    few = (weight_only, problem)
+    return [few, large] if weight_only_large.unsupported_reason(problem) is None else [few]
 
 
 def packed_config(x: Array, w: PackedWeight, *, out_dtype: DType | None = None) -> tuple[Any, str]:
@@ -312,10 +321,11 @@ def packed_config(x: Array, w: PackedWeight, *, out_dtype: DType | None = None) 
     Returns:
       ``(config, "tuned" or "heuristic")``.
     """
-    kernel, problem = packed_kernel(x, w, out_dtype=out_dtype)
-    config = tuned_config(kernel, problem)
-    if config is not None:
-        return config, "tuned"
+    kernels = packed_kernels(x, w, out_dtype=out_dtype)
+    tuned = [found for kernel in kernels if (found := tuned_config(*kernel)) is not None]
+    if tuned:
+        return min(tuned, key=lambda found: found[1])[0], "tuned"
+    kernel, problem = kernels[0]
     return kernel.heuristic_config(problem), "heuristic"
 
 
@@ -355,8 +365,8 @@ def packed_dot(
       x: Activations ``(..., k)``, bfloat16 or float16.
       w: Packed weight ``(k, n)``.
       out_dtype: Result type; ``x.dtype`` by default.
-      config: How the kernel cuts up the work, a ``Config`` of the module that ``packed_kernel``
-        names; ``packed_config`` by default.
+      config: How the kernel cuts up the work, a ``Config`` of one of the modules of
+        ``packed_kernels``, which is the one to run; ``packed_config`` by default.
       keep_splits: See ``quantized_dot``.
       interpret: Run in the Pallas interpreter.
 
@@ -381,7 +391,9 @@ def packed_dot(
     row_scale = None
     if flat.dtype.name != _compute_dtype(x, w):
         flat, row_scale = _to_float16(flat)
-    out = packed_kernel(x, w)[0].matmul(
+    large = isinstance(config, weight_only_large.Config)
+    kernel: Any = weight_only_large if large else weight_only
+    out = kernel.matmul(
         flat,
         w.words,
         w.scales,

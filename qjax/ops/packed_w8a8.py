@@ -126,7 +126,7 @@ def _pack(w: QuantizedArray) -> PackedW8A8:
 def kernel(
     x: Array, w: PackedWeight, *, out_dtype: DType | None = None
 ) -> tuple[Any, w8a8.Problem | weight_only_large.Problem]:
-    """The module of the kernel for ``x @ w`` and its problem; see ``packed.packed_kernel``."""
+    """The module of the kernel for ``x @ w`` and its problem; see ``packed.packed_kernels``."""
     m = math.prod(x.shape[:-1])
     out_itemsize = jnp.dtype(x.dtype if out_dtype is None else out_dtype).itemsize
     k, n = w.shape

@@ -16,7 +16,6 @@ from qjax.pallas_kernels import _codes, _layout, _unpack
 from qjax.pallas_kernels.weight_only import Problem
 from qjax.pallas_kernels.weight_only_large import (
     _SM_COUNT,
-    WARPGROUPS,
     Config,
     out_buffers,
     scale_rows,
@@ -30,8 +29,7 @@ from qjax.typing import Array
 plgpu: Any = mosaic_gpu
 
 _BLOCK_N = _layout.BLOCK_N
-# Of 65536 registers, 168 for each of 384 threads at launch: 2 * 232 + 40 = 3 * 168.
-_COMPUTE_REGISTERS, _MEMORY_REGISTERS = 232, 40
+_MEMORY_REGISTERS = 40
 _SMALLEST_SCALE = 2.0**-80
 
 
@@ -76,11 +74,11 @@ def call(
                 a, b = plgpu.planar_snake(place, (tiles_a, tiles_b), 1, min(config.raster, tiles_b))
                 if config.cluster > 1:
                     a = a * config.cluster + lax.axis_index("cluster")
-                body(loop.local_index, split, a * (WARPGROUPS * _BLOCK_N), b * config.columns)
+                body(loop.local_index, split, a * config.features, b * config.columns)
 
-        @pl.when(warpgroup < WARPGROUPS)
+        @pl.when(warpgroup < config.warpgroups)
         def _compute() -> None:
-            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+            plgpu.set_max_registers(config.registers, action="increase")
 
             @for_each_tile
             def _tile(number: Array, split: Array, feature: Array, token: Array) -> None:
@@ -95,7 +93,7 @@ def call(
 
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup == WARPGROUPS)
+        @pl.when(warpgroup == config.warpgroups)
         def _memory() -> None:
             plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
 
@@ -120,7 +118,7 @@ def call(
         grid_names=("unit",),
         cluster=(config.cluster,),
         cluster_names=("cluster",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         # Every access to shared memory is ordered by the barriers here; the compiler's own would
         # stop all warpgroups at each.
@@ -144,9 +142,9 @@ def _scratch_types(
         columns = swizzle // jnp.dtype(dtype).itemsize
         return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
 
-    consumed: dict[str, Any] = {"num_arrivals": WARPGROUPS, "num_barriers": stages}
+    consumed: dict[str, Any] = {"num_arrivals": config.warpgroups, "num_barriers": stages}
     scratch: dict[str, Any] = {
-        "words_smem": plgpu.SMEM((stages, WARPGROUPS, _word_rows(problem), 256), jnp.int32),
+        "words_smem": plgpu.SMEM((stages, config.warpgroups, _word_rows(problem), 256), jnp.int32),
         # A group of 32 is cut from the activations as one column of tiles.
         "x_smem": plgpu.SMEM(
             (stages, config.columns, step_k(problem)),
@@ -154,7 +152,7 @@ def _scratch_types(
             transforms=transforms(x.dtype, 64 if problem.group_size == 32 else 128),
         ),
         "out_smem": plgpu.SMEM(
-            (WARPGROUPS, out_buffers(config, problem), config.chunk, _BLOCK_N),
+            (config.warpgroups, out_buffers(config, problem), config.chunk, _BLOCK_N),
             out_dtype,
             transforms=transforms(out_dtype),
         ),
@@ -164,7 +162,7 @@ def _scratch_types(
         else plgpu.Barrier(**consumed),
     }
     if scales is not None:
-        shape = (stages, scale_rows(problem), scales.shape[1], WARPGROUPS * _BLOCK_N)
+        shape = (stages, scale_rows(problem), scales.shape[1], config.features)
         scratch["scales_smem"] = plgpu.SMEM(shape, scales.dtype)
     return scratch
 
@@ -196,7 +194,7 @@ def _load_tile(
         slot = lax.rem(i, jnp.int32(config.stages))
         pl.when(i >= config.stages)(lambda: plgpu.barrier_wait(scratch["consumed"].at[slot]))
         ready = scratch["ready"].at[slot]
-        tiles = pl.ds(lax.div(feature, jnp.int32(_BLOCK_N)), WARPGROUPS)
+        tiles = pl.ds(lax.div(feature, jnp.int32(_BLOCK_N)), config.warpgroups)
         part = pl.ds(lax.rem(step, steps_per_tile) * rows, rows)
         source = gmem["words"].at[lax.div(step, steps_per_tile), tiles, part]
         plgpu.copy_gmem_to_smem(source, scratch["words_smem"].at[slot], ready)
@@ -206,7 +204,7 @@ def _load_tile(
         if problem.group_size is not None:
             count = scale_rows(problem)
             at = lax.div(step * length, jnp.int32(problem.group_size))
-            source = gmem["scales"].at[pl.ds(at, count), :, pl.ds(feature, WARPGROUPS * _BLOCK_N)]
+            source = gmem["scales"].at[pl.ds(at, count), :, pl.ds(feature, config.features)]
             plgpu.copy_gmem_to_smem(source, scratch["scales_smem"].at[slot], ready)
 
 

@@ -6,13 +6,12 @@
 
 for the same packed weights, so that one copy serves every number of rows. Transposed as there: 64
 output features in registers by up to 256 tokens in shared memory. A CTA has two compute warpgroups
-and a memory warpgroup, and works through tiles until none is left, as in ``w8a8``: while one
-warpgroup unpacks, the other's ``wgmma`` runs, and the memory warpgroup loads the next tile while
-this one is written out. A step is 64 of the contraction, half a weight tile::
+(up to four with fewer tokens) and a memory warpgroup, and works through tiles until none is left,
+as in ``w8a8``: while one warpgroup unpacks, another's ``wgmma`` runs, and the memory warpgroup
+loads the next tile while this one is written out. A step is 64 of the contraction, half a weight
+tile, or with 8-bit activations all 128::
 
-  slot: words (2, bits / 2, 256), activations (columns, 64), scales of the groups of the step
-
-or with 8-bit activations all 128.
+  slot: words (warpgroups, bits / 2, 256), activations (columns, 64), scales of the step's groups
 
 With ``cluster`` two CTAs with the same tokens load half of them each, for both (multicast).
 
@@ -42,7 +41,6 @@ from qjax.pallas_kernels import _codes, _layout, weight_only
 from qjax.pallas_kernels.weight_only import SHARED_MEMORY_BYTES, Problem
 from qjax.typing import Array, DType
 
-WARPGROUPS = 2
 _SM_COUNT = 132
 _MAX_COLUMNS = 256
 _MAX_INTEGER_COLUMNS = 160  # with float32 sums beside the accumulators
@@ -57,6 +55,7 @@ class Config:
       stages: Steps of 64 of the contraction in flight, at least 2.
       cluster: 1, or 2 for pairs of CTAs that share the loading of their tokens.
       splits: Parts into which the contraction is cut; their sums are added by XLA.
+      warpgroups: Compute warpgroups per CTA, each with 64 output features: 2, 3 or 4.
       raster: Tiles are visited in stripes of so many along the tokens, back and forth.
     """
 
@@ -64,6 +63,7 @@ class Config:
     stages: int
     cluster: int = 1
     splits: int = 1
+    warpgroups: int = 2
     raster: int = 8
 
     def __post_init__(self) -> None:
@@ -73,8 +73,22 @@ class Config:
             raise ValueError(f"stages={self.stages} must be at least 2")
         if self.cluster not in (1, 2):
             raise ValueError(f"cluster={self.cluster} must be 1 or 2")
+        if self.warpgroups not in (2, 3, 4):
+            raise ValueError(f"warpgroups={self.warpgroups} must be 2, 3 or 4")
         if self.splits < 1 or self.raster < 1:
             raise ValueError(f"splits={self.splits} and raster={self.raster} must be positive")
+
+    @property
+    def features(self) -> int:
+        """Output features of a CTA's tile."""
+        return self.warpgroups * _layout.BLOCK_N
+
+    @property
+    def registers(self) -> int:
+        """Registers per thread of the compute warpgroups; the memory warpgroup has 40."""
+        threads = 128 * (self.warpgroups + 1)
+        pool = 65536 // threads // 8 * 8 * (self.warpgroups + 1)
+        return (pool - 40) // self.warpgroups // 8 * 8
 
     @property
     def chunk(self) -> int:
@@ -92,9 +106,11 @@ def scaled_sums(p: Problem) -> bool:
     return p.group_size is not None and p.compute != "float16"
 
 
-def max_columns(p: Problem) -> int:
-    """Tokens of the widest tile."""
-    return _MAX_INTEGER_COLUMNS if scaled_sums(p) and p.compute == "int8" else _MAX_COLUMNS
+def max_columns(p: Problem, warpgroups: int = 2) -> int:
+    """Tokens of the widest tile: what the registers hold."""
+    if scaled_sums(p) and p.compute == "int8":
+        return {2: _MAX_INTEGER_COLUMNS, 3: 112, 4: 80}[warpgroups]
+    return {2: _MAX_COLUMNS, 3: 160, 4: 80}[warpgroups]
 
 
 def stored_dtype(compute: str) -> DType:
@@ -109,8 +125,8 @@ def unsupported_reason(p: Problem) -> str | None:
     )
     if reason is not None:
         return reason
-    if p.n % (WARPGROUPS * _layout.BLOCK_N):
-        return f"n={p.n} with many rows; must be a multiple of {WARPGROUPS * _layout.BLOCK_N}"
+    if p.n % (2 * _layout.BLOCK_N):
+        return f"n={p.n} with many rows; must be a multiple of {2 * _layout.BLOCK_N}"
     if p.m < 1:
         return f"m={p.m} rows; at least one is needed"
     if p.compute == "int8":
@@ -131,10 +147,10 @@ def scale_rows(p: Problem) -> int:
 
 
 def _operand_bytes(config: Config, p: Problem) -> int:
-    rows = WARPGROUPS * _layout.BLOCK_N
+    rows = config.features
     parts = (2 if p.zero_point else 1) * scale_rows(p)
     buffers = (
-        config.stages * WARPGROUPS * p.bits * 8 * step_k(p),
+        config.stages * config.warpgroups * p.bits * 8 * step_k(p),
         config.stages * config.columns * 128,
         config.stages * parts * rows * stored_dtype(p.compute).itemsize,
         2 * config.stages * 8,
@@ -151,25 +167,31 @@ def out_buffers(config: Config, p: Problem) -> int:
     """Buffers, of one chunk each, through which a warpgroup writes out: as many as fit."""
     room = SHARED_MEMORY_BYTES - _operand_bytes(config, p)
     wanted = config.columns // config.chunk
-    return max(1, min(wanted, room // (WARPGROUPS * _chunk_bytes(config, p))))
+    return max(1, min(wanted, room // (config.warpgroups * _chunk_bytes(config, p))))
 
 
 def smem_bytes(config: Config, p: Problem) -> int:
     """Shared memory of one CTA in bytes (an upper bound: buffers are counted in 1024 bytes)."""
-    out = out_buffers(config, p) * WARPGROUPS * _chunk_bytes(config, p)
+    out = out_buffers(config, p) * config.warpgroups * _chunk_bytes(config, p)
     return _operand_bytes(config, p) + out
 
 
 def config_unsupported_reason(config: Config, p: Problem) -> str | None:
     """Why a config does not fit a problem; None if it does."""
-    if config.columns > max_columns(p):
-        return f"columns={config.columns}; at most {max_columns(p)} fit into registers"
+    widest = max_columns(p, config.warpgroups)
+    if config.columns > widest:
+        return (
+            f"columns={config.columns}; at most {widest} fit into the registers of "
+            f"{config.warpgroups} warpgroups"
+        )
+    if p.n % config.features:
+        return f"n={p.n} is no multiple of {config.features}"
     if p.compute == "int8" and config.columns > 24 and config.columns % 16:
         return f"columns={config.columns}; int8 products have 8, 24 or a multiple of 16"
     if config.cluster > 1 and config.columns % 16:
         return f"columns={config.columns}; two CTAs share multiples of 16"
-    if config.cluster > 1 and p.n % (2 * WARPGROUPS * _layout.BLOCK_N):
-        return f"n={p.n} is no multiple of {2 * WARPGROUPS * _layout.BLOCK_N}: no pairs of tiles"
+    if config.cluster > 1 and p.n % (2 * config.features):
+        return f"n={p.n} is no multiple of {2 * config.features}: no pairs of tiles"
     if p.k % (config.splits * _layout.BLOCK_K):
         return f"k={p.k} cannot be cut into {config.splits} multiples of {_layout.BLOCK_K}"
     size = smem_bytes(config, p)
@@ -180,8 +202,7 @@ def config_unsupported_reason(config: Config, p: Problem) -> str | None:
 
 def tile_counts(config: Config, p: Problem) -> tuple[int, int]:
     """Tiles along the features (pairs of tiles for clusters) and along the tokens."""
-    features = WARPGROUPS * _layout.BLOCK_N * config.cluster
-    return p.n // features, -(-p.m // config.columns)
+    return p.n // (config.features * config.cluster), -(-p.m // config.columns)
 
 
 def estimate_seconds(config: Config, p: Problem) -> float:
@@ -195,8 +216,8 @@ def estimate_seconds(config: Config, p: Problem) -> float:
     if scaled_sums(p):
         per_sum = 3 if p.compute == "int8" else 1
         alone += step_k(p) / (p.group_size or 128) * (80 + per_sum * config.columns / 2)
-    step = max(1.04 * WARPGROUPS * product, product + alone)
-    loaded = config.columns * 128 / config.cluster / 64 + p.bits * step_k(p) / 4
+    step = max(1.04 * config.warpgroups * product, product + alone)
+    loaded = config.columns * 128 / config.cluster / 64 + config.warpgroups * p.bits * step_k(p) / 8
     steps = p.k // config.splits // step_k(p)
     # Writing a tile out takes its part of the time in which nothing is multiplied.
     tile = 800 + config.columns * (8 if config.splits > 1 else 4)
@@ -218,12 +239,12 @@ def _candidates(p: Problem) -> list[Config]:
     sizes = {-(-tokens // count // unit) * unit for count in counts for unit in (8, 16)}
     wide = sorted((size for size in sizes if size <= widest), reverse=True)
     found = []
-    for columns, splits in itertools.product(wide, (1, 2, 3, 4, 7, 8)):
+    for columns, splits, warpgroups in itertools.product(wide, (1, 2, 3, 4, 7, 8), (2, 3, 4)):
         # Splits only help where there are fewer tiles than multiprocessors.
         if splits > 1 and (p.m > 512 or p.k < splits * 512):
             continue
         for stages in (8, 6, 5, 4, 3, 2):
-            config = Config(columns, stages, splits=splits)
+            config = Config(columns, stages, splits=splits, warpgroups=warpgroups)
             if config_unsupported_reason(config, p) is None:
                 pair = dataclasses.replace(config, cluster=2)
                 if config_unsupported_reason(pair, p) is None:

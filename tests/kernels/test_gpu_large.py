@@ -44,6 +44,9 @@ CONFIGS: dict[str, tuple[str, Config]] = {
     "sums_splits": ("int4_g128", Config(152, 4, splits=2)),
     "sums_cluster": ("int4_g128", Config(128, 5, cluster=2)),
     "sums_of_short_groups": ("int4_g32_asym", Config(256, 4, cluster=2)),
+    "four_warpgroups": ("int4_g128", Config(64, 6, cluster=2, warpgroups=4)),
+    "four_warpgroups_splits": ("int4_g32_asym", Config(80, 4, splits=2, warpgroups=4)),
+    "three_warpgroups": ("int8_g128", Config(160, 4, warpgroups=3)),
     "f16_cluster": ("int4_g128_f16", Config(208, 5, cluster=2)),
 }
 

@@ -32,7 +32,8 @@ CASES: dict[str, tuple[QuantFormat, int, int, int, Config, str, float]] = {
         qjax.INT4_G64_ASYM, 70, 256, 256, Config(72, 2), "float16", tolerances.F16_ZERO_POINTS
     ),
     "int4_g128_splits": (
-        qjax.INT4_G128, 72, 256, 128, Config(72, 3, splits=2), "bfloat16", tolerances.F32_SUM
+        qjax.INT4_G128, 24, 256, 256, Config(24, 3, splits=2, warpgroups=4), "bfloat16",
+        tolerances.F32_SUM,
     ),
     "int8_cluster": (
         qjax.INT8_CHANNEL, 130, 256, 256, Config(128, 3, cluster=2), "bfloat16", tolerances.F32_SUM

@@ -57,9 +57,9 @@ def test_autotune_merges_winners_and_products_use_them(
     monkeypatch.setattr(tuned, "table_path", lambda kind: table)
     tuned.load_table.cache_clear()
     try:
-        assert tuned.tuned_config(w8a8, PROBLEM) == fast
+        assert tuned.tuned_config(w8a8, PROBLEM) == (fast, 8.0)
         near = dataclasses.replace(PROBLEM, m=200, out_itemsize=4)
-        assert tuned.tuned_config(w8a8, near) == fast
+        assert tuned.tuned_config(w8a8, near) == (fast, 8.0)
         assert tuned.tuned_config(w8a8, dataclasses.replace(PROBLEM, n=8192)) is None
         assert tuned.tuned_config(w8a8, dataclasses.replace(PROBLEM, m=16)) is None
         w = packed.pack_for_mosaic(

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 Key = tuple[str, frozenset[tuple[str, Any]]]
-Table = dict[Key, list[tuple[int, dict[str, Any]]]]
+Table = dict[Key, list[tuple[int, dict[str, Any]]]]  # rows and entry
 
 # What a config does not depend on; whether it fits is checked.
 _FREE = ("m", "out_itemsize")
@@ -47,7 +47,7 @@ def load_table(device_kind: str) -> Table:
     if path.exists():
         for entry in json.loads(path.read_text(encoding="utf-8"))["entries"]:
             rows = table.setdefault(key_of(entry["kernel"], entry["problem"]), [])
-            rows.append((entry["problem"]["m"], entry["config"]))
+            rows.append((entry["problem"]["m"], entry))
             rows.sort(key=lambda row: row[0])
     return table
 
@@ -56,20 +56,20 @@ def choose(entries: list[tuple[int, dict[str, Any]]], m: int) -> dict[str, Any] 
     """The entry for ``m`` rows: the least that is as many, if that is less than twice as many.
 
     Args:
-      entries: ``(rows, config)`` in ascending order.
+      entries: ``(rows, entry)`` in ascending order.
       m: Rows.
 
     Returns:
-      Its config, or None if none is near.
+      The entry, or None if none is near.
     """
-    for rows, config in entries:
+    for rows, entry in entries:
         if m <= rows:
-            return config if rows < 2 * m else None
-    last, config = entries[-1]
-    return config if last >= MANY_ROWS else None
+            return entry if rows < 2 * m else None
+    last, entry = entries[-1]
+    return entry if last >= MANY_ROWS else None
 
 
-def tuned_config(kernel: Any, problem: Any) -> Any:
+def tuned_config(kernel: Any, problem: Any) -> tuple[Any, float] | None:
     """The measured config for a product on the default device.
 
     Args:
@@ -77,13 +77,14 @@ def tuned_config(kernel: Any, problem: Any) -> Any:
       problem: The product in its terms.
 
     Returns:
-      A ``Config`` that fits, or None if the table has none.
+      A ``Config`` that fits and the microseconds that were measured, or None if the table has none.
     """
     entries = load_table(jax.devices()[0].device_kind).get(
         key_of(kernel.__name__.rsplit(".", 1)[-1], dataclasses.asdict(problem))
     )
-    fields = None if entries is None else choose(entries, problem.m)
-    if fields is None:
+    entry = None if entries is None else choose(entries, problem.m)
+    if entry is None:
         return None
-    config = kernel.Config(**fields)
-    return config if kernel.config_unsupported_reason(config, problem) is None else None
+    config = kernel.Config(**entry["config"])
+    fits = kernel.config_unsupported_reason(config, problem) is None
+    return (config, entry["us"]) if fits else None
