@@ -12,6 +12,7 @@ are references, which XLA gives to the kernel in place.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -177,7 +178,8 @@ def append(
                 p.choose_below(p.float_bits(scale), 1 << 23, one, p.float_bits(scale))
             )
             if sizes.clip_factors:
-                scale = _best_scale(p, sizes, x, sizes_of_x, scale)
+                signs = (1, -1) if name == "key" else (1,)
+                scale = _best_scale(p, sizes, x, sizes_of_x, scale, signs)
             at = p.address(places[f"{name}_scales"], token, 4)
             p.store_global(at, p.float_bits(scale), 32, once, sizes.num_pages)
         x = [_finite(p, value, size, limit) for value, size in zip(x, sizes_of_x, strict=True)]
@@ -219,21 +221,26 @@ def _largest_finite(p: Ptx, sizes_of_x: list[Value]) -> Value:
 
 
 def _best_scale(
-    p: Ptx, sizes: Sizes, x: list[Value], sizes_of_x: list[Value], scale: Value
+    p: Ptx,
+    sizes: Sizes,
+    x: list[Value],
+    sizes_of_x: list[Value],
+    scale: Value,
+    signs: tuple[int, ...],
 ) -> Value:
-    """``ops.kv.best_scale``: the scale times a factor, with the least squared error."""
+    """``ops.kv.best_scale``: the scale times a factor and sign, with the least squared error."""
     zero = p.integer(0)
     finite = [
         p.bits_float(p.choose_below(size, _INFINITY, p.float_bits(value), zero))
         for value, size in zip(x, sizes_of_x, strict=True)
     ]
     best, least = scale, p.integer(_INFINITY)
-    for factor in sizes.clip_factors:
-        smaller = p.fmul(scale, p.number(_ptx.float_bits_of(factor)))
+    for sign, factor in itertools.product(signs, sizes.clip_factors):
+        smaller = p.fmul(scale, p.number(_ptx.float_bits_of(sign * factor)))
         steps = zero
         for value in finite:
             code = p.divide(value, smaller)
-            error = p.fsub(code, p.clamp(p.round(code), sizes.fmt.bound))
+            error = p.fsub(code, p.clamp(p.round(code), sizes.fmt.bound, _lowest(sizes.fmt)))
             error = p.fmul(p.fmul(error, error), p.number(_ptx.float_bits_of(512.0)))
             steps = p.add(steps, p.to_integer(error))
         for mask in (1, 2, 4, 8, 16):
@@ -243,6 +250,11 @@ def _best_scale(
         chosen = p.choose_below(total, least, p.float_bits(smaller), p.float_bits(best))
         best, least = p.bits_float(chosen), p.choose_below(total, least, total, least)
     return best
+
+
+def _lowest(fmt: KVFormat) -> float:
+    """The lowest code; int4 uses its sixteenth one where scales are chosen."""
+    return -8.0 if fmt.clips else -fmt.bound
 
 
 def _finite(p: Ptx, x: Value, size: Value, limit: Value) -> Value:
@@ -262,7 +274,7 @@ def _codes(p: Ptx, fmt: KVFormat, x: list[Value]) -> tuple[list[Value], int]:
         kind = "e4m3" if fmt.dtype == "float8_e4m3fn" else "e5m2"
         halves = [p.to_f8(x[i], x[i + 1], kind) for i in range(0, len(x), 2)]
         return _joined(p, halves)
-    codes = [p.to_integer(p.clamp(value, fmt.bound)) for value in x]
+    codes = [p.to_integer(p.clamp(value, fmt.bound, _lowest(fmt))) for value in x]
     if fmt.packed:
         low, high = codes[: len(codes) // 2], codes[len(codes) // 2 :]
         codes = [

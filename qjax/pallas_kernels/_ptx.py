@@ -156,8 +156,10 @@ class Ptx:
         """Rounded to the nearest."""
         return self._one("div.rn.f32 $0, $1, $2;", x, y, out="f")
 
-    def clamp(self, x: Value, limit: float) -> Value:
-        low, high = self.number(float_bits_of(-limit)), self.number(float_bits_of(limit))
+    def clamp(self, x: Value, limit: float, lowest: float | None = None) -> Value:
+        """``x`` between ``lowest`` (``-limit`` by default) and ``limit``."""
+        lowest = -limit if lowest is None else lowest
+        low, high = self.number(float_bits_of(lowest)), self.number(float_bits_of(limit))
         return self._one("min.f32 $0, $1, $2;", self.fmax(x, low), high, out="f")
 
     def round(self, x: Value) -> Value:
