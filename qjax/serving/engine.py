@@ -101,14 +101,16 @@ class Completion:
     Attributes:
       request_id: Its number, in order of submission.
       token_ids: Generated tokens; the last is the end-of-sequence token if ``stop``.
-      finish_reason: ``stop`` (end-of-sequence token) or ``length`` (``max_new_tokens``).
+      finish_reason: ``stop`` (end-of-sequence token), ``length`` (``max_new_tokens``) or ``error``.
       prompt_tokens: Tokens of the prompt.
+      error: Why it could not go on, with ``error``.
     """
 
     request_id: int
     token_ids: tuple[int, ...]
     finish_reason: str
     prompt_tokens: int
+    error: str | None = None
 
 
 @dataclasses.dataclass
@@ -238,6 +240,16 @@ class Engine:
         idle = 0 if self._prefixes is None else self._prefixes.idle_pages
         return self._pages.free_pages + idle
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests in slots."""
+        return sum(task is not None for task in self._scheduler.running)
+
     def check(self, request: Request) -> None:
         """Raise what ``submit`` would raise, without submitting.
 
@@ -302,6 +314,8 @@ class Engine:
         finished: dict[int, Completion] = {}
         while self.has_work:
             for completion in self.step(on_tokens):
+                if completion.error is not None:
+                    raise FloatingPointError(completion.error)
                 finished[completion.request_id] = completion
                 if on_finish is not None:
                     on_finish(completion)
@@ -311,10 +325,8 @@ class Engine:
         """Fill free slots, prefill what was admitted, and run one decode block.
 
         Returns:
-          Completions of the requests which ended.
-
-        Raises:
-          FloatingPointError: If the model's logits stop being finite.
+          Completions of the requests which ended. One whose logits stop being finite ends with
+          ``error``; the others do not notice.
         """
         scheduler = self._scheduler
         finished: list[Completion] = []
@@ -343,19 +355,44 @@ class Engine:
         finished: list[Completion],
         on_tokens: OnTokens | None,
     ) -> None:
-        task.tokens.extend(tokens)
         params = task.request.params
         reason = None
-        if not params.ignore_eos and task.tokens[-1] in self._eos_ids:
+        if task.error is not None:
+            tokens, reason = [], "error"
+            self._deactivate(task)
+        elif not params.ignore_eos and tokens[-1] in self._eos_ids:
             reason = "stop"
-        elif task.remaining == 0:
+        elif task.remaining == len(tokens):
             reason = "length"
+        task.tokens.extend(tokens)
         if reason is not None:
             self._scheduler.finish(task, reason)
             length = len(task.request.prompt)
-            finished.append(Completion(task.request_id, tuple(task.tokens), reason, length))
+            finished.append(
+                Completion(task.request_id, tuple(task.tokens), reason, length, task.error)
+            )
         if on_tokens is not None:
             on_tokens(task.request_id, tokens, reason)
+
+    def cancel(self, request_id: int) -> bool:
+        """Take a request out, between two steps: its slot and pages are free at once.
+
+        Returns:
+          Whether it was there; False if it has ended.
+        """
+        task = self._scheduler.find(request_id)
+        if task is None:
+            return False
+        self._deactivate(task)
+        self._scheduler.withdraw(task)
+        return True
+
+    def _deactivate(self, task: Task) -> None:
+        """Tell the device that a slot generates no more, before its pages go to others."""
+        if task.slot is not None:
+            active = np.array(self._state.active)
+            active[task.slot] = False
+            self._state = dataclasses.replace(self._state, active=jnp.asarray(active))
 
     def _run_prefill(self, length: int, tasks: list[Task]) -> list[tuple[Task, int]]:
         """One prefill pass; returns the tasks whose prompt is complete with their first token."""
@@ -428,7 +465,7 @@ class Engine:
         seconds = time.perf_counter() - start
         for row, task in enumerate(tasks):
             if not finite[task.slot if "decode" in name else row]:
-                raise FloatingPointError(
+                task.error = (
                     f"request {task.request_id}: logits are not finite after "
                     f"{len(task.tokens)} new tokens; the weights or this dtype overflow: try "
                     "bfloat16 or float32, or less quantization"

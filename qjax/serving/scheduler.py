@@ -47,7 +47,9 @@ class Task:
       started: Whether any of its prompt was processed.
       keys: Of the full pages of its prompt that it may share; empty without a prefix cache.
       tokens: Tokens generated so far, with the end-of-sequence token if that ended it.
-      finish_reason: ``stop`` (end-of-sequence token) or ``length`` once it has ended.
+      finish_reason: ``stop`` (end-of-sequence token), ``length``, ``error`` or ``cancelled``
+        once it has ended.
+      error: Why it cannot go on, or None.
     """
 
     request_id: int
@@ -60,6 +62,7 @@ class Task:
     keys: list[PageKey] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
+    error: str | None = None
 
     @property
     def remaining(self) -> int:
@@ -273,6 +276,21 @@ class Scheduler:
         self.pages.release(task.slot)
         self.running[task.slot] = None
         task.slot = None
+
+    def find(self, request_id: int) -> Task | None:
+        """The task of a request that waits or runs; None if there is no such."""
+        for task in (*self.waiting, *self.running):
+            if task is not None and task.request_id == request_id:
+                return task
+        return None
+
+    def withdraw(self, task: Task) -> None:
+        """Take a task out, wherever it is: its slot and pages are free from now on."""
+        if task.slot is not None:
+            self.finish(task, "cancelled")
+            return
+        task.finish_reason = "cancelled"
+        self.waiting = collections.deque(t for t in self.waiting if t is not task)
 
 
 def rows_at(length: int, rows: int, max_seqs: int) -> int:
