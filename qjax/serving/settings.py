@@ -14,6 +14,9 @@ from qjax.models.config import ModelConfig
 from qjax.serving.offline import Job
 from qjax.typing import DType
 
+SERVER_CONTEXT = 4096
+"""``max_model_len`` of a server that is told nothing: many slots of it fit on a device."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
@@ -120,10 +123,11 @@ def context_length(config: ModelConfig, jobs: Sequence[Job], asked: int | None) 
 
     Without an explicit length: the longest job rounded up to a power of two (128 at least), so that
     most sets of prompts share their shapes, but not more than the model was made for.
+    ``SERVER_CONTEXT`` if there are no jobs.
 
     Args:
       config: The model.
-      jobs: What will run.
+      jobs: What will run; none for a server.
       asked: The length the user wants, or None.
 
     Raises:
@@ -145,5 +149,5 @@ def context_length(config: ModelConfig, jobs: Sequence[Job], asked: int | None) 
                 f"max_model_len={bound}; nothing is cut off silently: shorten the prompt or "
                 "lower max_new_tokens" + ("" if bound == limit else ", or raise max_model_len")
             )
-    longest = max(job.request.total for job in jobs)
+    longest = max((job.request.total for job in jobs), default=SERVER_CONTEXT)
     return bound if asked is not None else min(limit, max(128, 1 << (longest - 1).bit_length()))
