@@ -244,6 +244,58 @@ def test_logits_that_are_not_finite_are_an_error():
         broken.generate(requests()[:1])
 
 
+def test_only_the_request_with_logits_that_are_not_finite_fails():
+    engine, params = plain_engine()
+    model = dict(params["model"])
+    table = model["embed_tokens"]["embedding"]
+    model["embed_tokens"] = {"embedding": table.at[5].set(jnp.nan)}
+    broken = Engine(engine.module, dict(params, model=model), engine.config, kv_of("auto", "auto"))
+    broken._compiled = engine._compiled
+    work = [Request([t for t in r.prompt if t != 5] or [6], r.params) for r in requests()]
+    want = [c.token_ids for c in engine.generate(work)]
+    bad = Request((8, 9, 5), SamplingParams(max_new_tokens=40))
+    ids = [broken.submit(r) for r in (work[0], bad, *work[1:])]
+    ended: dict[int, Any] = {}
+    while broken.has_work:
+        ended |= {c.request_id: c for c in broken.step()}
+    failed = ended.pop(ids[1])
+    assert failed.finish_reason == "error" and failed.token_ids == ()
+    assert "logits are not finite after 0 new tokens" in failed.error
+    for completion, tokens in zip((ended[i] for i in ids if i in ended), want, strict=True):
+        if 5 in tokens[:-1]:  # it chose the broken token itself
+            assert completion.finish_reason == "error"
+        else:
+            assert completion.token_ids == tokens
+    assert sum(c.error is None for c in ended.values()) > 3
+    assert broken.free_pages == 12
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_cancelled_requests_free_slot_and_pages_and_change_nothing(sharing):
+    plain, params = plain_engine()
+    config = dataclasses.replace(plain.config, prefix_cache=sharing)
+    engine = Engine(plain.module, params, config, kv_of("auto", "auto"))
+    if not sharing:
+        engine._compiled = plain._compiled
+    work = requests(ignore_eos=True)
+    want = [c.token_ids for c in plain.generate(work)]
+    long = Request((7,) * 20, SamplingParams(max_new_tokens=40, ignore_eos=True))
+    ids = [engine.submit(r) for r in (long, work[0], long, *work[1:])]
+    ended = {c.request_id: c.token_ids for c in engine.step()}
+    running, waiting = engine.num_running, engine.num_waiting
+    free = engine.free_pages
+    assert running and waiting and ids[0] not in ended and ids[2] not in ended
+    assert engine.cancel(ids[0]) and not engine.cancel(ids[0])
+    assert (engine.num_running, engine.num_waiting) == (running - 1, waiting)
+    assert engine.free_pages > free
+    assert engine.cancel(ids[2]) and engine.cancel(ids[-1])
+    assert not engine.cancel(99)
+    while engine.has_work:
+        ended |= {c.request_id: c.token_ids for c in engine.step()}
+    assert [ended[i] for i in (ids[1], *ids[3:-1])] == want[:-1]
+    assert len(ended) == len(work) - 1 and engine.free_pages == 12
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

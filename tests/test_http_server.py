@@ -31,6 +31,7 @@ from tests.serving_model import write_model
 pytest.importorskip("starlette", reason="needs the extra server: pip install 'qjax[server]'")
 pytest.importorskip("uvicorn", reason="needs the extra server: pip install 'qjax[server]'")
 
+from qjax.serving import http_app  # noqa: E402
 from qjax.serving.http_app import bind, create_app, make_server  # noqa: E402
 
 ROOT = pathlib.Path(serve.__file__).resolve().parent.parent
@@ -44,7 +45,6 @@ class Server:
 
     def __init__(self, engine: Engine, folder: pathlib.Path, api_key: str | None) -> None:
         self.engine, self.tokenizer = engine, Tokenizer.from_folder(folder)
-        self.step = engine.step
         self.thread = EngineThread(engine)
         settings = ServerSettings("tiny", self.tokenizer, engine.config.max_model_len)
         self.bound = bind("127.0.0.1", 0)
@@ -97,14 +97,15 @@ class Server:
 
         def gated(*args: Any) -> Any:
             gate.acquire(timeout=WAIT)
-            return self.step(*args)
+            return step(*args)
 
-        self.engine.step = gated
-        try:
-            yield gate
-        finally:
-            self.engine.step = self.step
-            gate.release(1000)
+        step = self.engine.step
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.engine, "step", gated)
+            try:
+                yield gate
+            finally:
+                gate.release(1000)
 
     def until_commands(self, count: int) -> None:
         """Wait until so many commands wait for the engine's thread."""
@@ -403,6 +404,28 @@ def test_api_key_and_an_engine_that_breaks(model, monkeypatch, caplog):
             )
         assert server.ask("/health")[0] == 503
     assert "out of memory" in caplog.text
+
+
+def test_requests_that_do_not_end_are_told_at_shutdown(model, monkeypatch):
+    engine, release = make_engine(model), threading.Event()
+
+    def hang(_: Any) -> list[Any]:
+        release.wait(WAIT)
+        return []
+
+    monkeypatch.setattr(engine, "step", hang)
+    monkeypatch.setattr(http_app, "GRACE_SECONDS", 0.1)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with running(engine, model) as server:
+            stream = pool.submit(server.events, "/v1/completions", {"prompt": "a"})
+            whole = pool.submit(server.ask, "/v1/completions", {"prompt": "a"})
+            server.until(lambda m: m["requests_waiting"] == 1)
+            server.until_commands(1)
+            server.uvicorn.should_exit = True
+            status, values = whole.result(WAIT)
+            release.set()
+        assert (status, values["error"]["message"]) == (503, "the server is shutting down")
+        assert stream.result(WAIT) == [values]
 
 
 def serve_main(model: pathlib.Path, *flags: Any) -> int:
