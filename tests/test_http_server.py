@@ -91,11 +91,12 @@ class Server:
         return metrics
 
     @contextlib.contextmanager
-    def gated(self) -> Iterator[threading.Semaphore]:
-        """A semaphore that lets the engine make a step for each release."""
-        gate = threading.Semaphore(0)
+    def gated(self) -> Iterator[tuple[threading.Semaphore, threading.Event]]:
+        """A semaphore that lets the engine make a step for each release; set while it waits."""
+        gate, waits = threading.Semaphore(0), threading.Event()
 
         def gated(*args: Any) -> Any:
+            waits.set()
             gate.acquire(timeout=WAIT)
             return step(*args)
 
@@ -103,7 +104,7 @@ class Server:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.engine, "step", gated)
             try:
-                yield gate
+                yield gate, waits
             finally:
                 gate.release(1000)
 
@@ -262,9 +263,9 @@ def test_a_stop_string_ends_the_text_and_frees_the_slot(server, batch):
 def test_a_client_that_goes_away_frees_its_slots_and_pages(server, batch):
     before = server.metrics()
     body = {"prompt": PROMPTS * 2, **GREEDY, "max_tokens": 80}
-    with server.gated() as gate:
+    with server.gated() as (gate, waits):
         streaming = server.connect("/v1/completions", {**body, "stream": True})
-        server.until(lambda m: m["requests_waiting"] == 8)
+        assert waits.wait(WAIT) and server.metrics()["requests_waiting"] == 8
         silent = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT)
         silent.request("POST", "/v1/completions", json.dumps(body))
         server.until_commands(1)
@@ -407,9 +408,10 @@ def test_api_key_and_an_engine_that_breaks(model, monkeypatch, caplog):
 
 
 def test_requests_that_do_not_end_are_told_at_shutdown(model, monkeypatch):
-    engine, release = make_engine(model), threading.Event()
+    engine, release, waits = make_engine(model), threading.Event(), threading.Event()
 
     def hang(_: Any) -> list[Any]:
+        waits.set()
         release.wait(WAIT)
         return []
 
@@ -418,8 +420,8 @@ def test_requests_that_do_not_end_are_told_at_shutdown(model, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         with running(engine, model) as server:
             stream = pool.submit(server.events, "/v1/completions", {"prompt": "a"})
+            assert waits.wait(WAIT)
             whole = pool.submit(server.ask, "/v1/completions", {"prompt": "a"})
-            server.until(lambda m: m["requests_waiting"] == 1)
             server.until_commands(1)
             server.uvicorn.should_exit = True
             status, values = whole.result(WAIT)
@@ -456,6 +458,7 @@ def test_ctrl_c_lets_running_requests_end(model):
     )
     script = ROOT / "scripts" / "serve.py"
     flags = ["--model", model, "--port", 0, "--served-model-name", "cat", "--ignore-eos"]
+    flags += ["--max-running-requests", 1]
     command = [sys.executable, "-c", launcher, script, *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -471,12 +474,14 @@ def test_ctrl_c_lets_running_requests_end(model):
         (port,) = re.findall(r"serving cat at http://127.0.0.1:(\d+)/v1", "".join(lines))
         connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
         body = {"prompt": "the", "max_tokens": 100, "stream": True, "model": "cat"}
-        connection.request("POST", "/v1/completions", json.dumps(body))
-        response = connection.getresponse()  # accepted; its programs are still to be compiled
+        for n in (1, 32):  # the first one compiles; the second one has a lot to do
+            connection.request("POST", "/v1/completions", json.dumps({**body, "n": n}))
+            response = connection.getresponse()
+            text = response.readline().decode() if n > 1 else response.read().decode()
         process.send_signal(signal.SIGINT)
-        text = response.read().decode()
+        text += response.read().decode()
         connection.close()
-        assert '"finish_reason":"length"' in text and text.endswith("data: [DONE]\n\n")
+        assert text.count('"finish_reason":"length"') == 32 and text.endswith("data: [DONE]\n\n")
         error = process.communicate(timeout=60)[1]
         assert process.returncode == 0, error
         assert "decode" in error and "Traceback" not in error

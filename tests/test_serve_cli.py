@@ -286,6 +286,14 @@ def test_missing_files_are_named(model, tmp_path, capsys):
     assert "prompts are read from .txt or .jsonl files" in capsys.readouterr().err
 
 
+def test_a_missing_package_of_the_server_is_named(model, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "qjax.serving.http_app", raising=False)
+    assert serve_main(model, "--port", 0) == 2
+    message = "serving over HTTP needs uvicorn: pip install 'qjax[server]'"
+    assert message in capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback(model):
     with pytest.raises(ValueError, match="there is no prompt"):
         serve_main(model, "--debug")

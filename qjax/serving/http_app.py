@@ -255,16 +255,17 @@ class _Answer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it as server-sent events."""
+        headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
         try:
-            await _until_gone(receive, self.send_events(send))
-        except asyncio.CancelledError:  # by uvicorn, when the time after Ctrl-C is over
-            await _send_end(send, _shutting_down())
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            try:
+                await _until_gone(receive, self.send_events(send))
+            except asyncio.CancelledError:  # by uvicorn, when the time after Ctrl-C is over
+                await _send_end(send, _shutting_down())
         finally:
             self.thread.cancel(self.feed)
 
     async def send_events(self, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             async for values in self.chunks():
                 await _send_event(send, _dump(values))

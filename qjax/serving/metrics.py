@@ -41,7 +41,9 @@ def prometheus_text(load: Load, now: float) -> str:
     for name, kind, text, value in rows:
         lines += [f"# HELP qjax_{name} {text}", f"# TYPE qjax_{name} {kind}"]
         lines.append(f"qjax_{name} {value:.10g}")
-    lines.append("# HELP qjax_requests_total Requests that ended, by how.")
+    lines.append(
+        "# HELP qjax_requests_total Requests that ended, by how (cancelled: at a stop string too)."
+    )
     lines.append("# TYPE qjax_requests_total counter")
     for reason in ("stop", "length", "cancelled", "error"):
         lines.append(f'qjax_requests_total{{reason="{reason}"}} {load.ended.get(reason, 0)}')
