@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from qjax.pallas_kernels._once import lowered_once
 from qjax.pallas_kernels._paged_emit import Emitted
 from qjax.pallas_kernels._paged_sizes import Tile
 from qjax.pallas_kernels._paged_twin import Twin
@@ -21,6 +22,7 @@ plgpu: Any = mosaic_gpu
 _I32 = jnp.int32
 
 
+@lowered_once("tile", "splits", "out_dtype", "with_lse", "from_zero", "interpret")
 def call(
     tile: Tile,
     queries: Array,

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu
 
 from qjax.pallas_kernels import _ptx
+from qjax.pallas_kernels._once import lowered_once
 from qjax.pallas_kernels._ptx import Ptx, Value
 from qjax.typing import Array, DType
 
@@ -25,6 +26,7 @@ _NOTHING = int(np.float32(-1e30).view(np.uint32))
 _MINUS_INFINITY = 0xFF800000
 
 
+@lowered_once("dtype")
 def call(out: Array, lse: Array, dtype: DType) -> Array:
     """``paged_decode.merge`` as a kernel; the same arguments and result."""
     splits, *rows, head_dim = out.shape

@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from qjax.pallas_kernels._once import lowered_once
 from qjax.pallas_kernels.w8a8 import (
     _SM_COUNT,
     BLOCK_K,
@@ -30,6 +31,7 @@ plgpu: Any = mosaic_gpu
 _COMPUTE_REGISTERS, _MEMORY_REGISTERS = 232, 40
 
 
+@lowered_once("config", "problem", "out_dtype", "interpret")
 def call(
     x: Array,
     weight: Array,

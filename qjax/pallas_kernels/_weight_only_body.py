@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from qjax.pallas_kernels import _codes, _layout, _unpack
+from qjax.pallas_kernels._once import lowered_once
 from qjax.pallas_kernels.weight_only import _MEMORY_REGISTERS, Config, concurrent_groups
 from qjax.typing import Array
 
@@ -22,6 +23,7 @@ plgpu: Any = mosaic_gpu
 _BLOCK_N, _BLOCK_K = _layout.BLOCK_N, _layout.BLOCK_K
 
 
+@lowered_once("rows", "kind", "config", "out_dtype", "interpret")
 def call(
     x: Array,
     words: Array,

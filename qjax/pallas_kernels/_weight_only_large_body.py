@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from qjax.pallas_kernels import _codes, _layout, _unpack
+from qjax.pallas_kernels._once import lowered_once
 from qjax.pallas_kernels.weight_only import Problem
 from qjax.pallas_kernels.weight_only_large import (
     _SM_COUNT,
@@ -33,6 +34,7 @@ _MEMORY_REGISTERS = 40
 _SMALLEST_SCALE = 2.0**-80
 
 
+@lowered_once("config", "problem", "out_dtype", "interpret")
 def call(
     x: Array,
     words: Array,

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.pallas_kernels._once import lowered_once
 from qjax.typing import Array, DType
 
 MAX_ROWS = 256
@@ -38,6 +39,7 @@ def unsupported_reason(rows: int, columns: int, dtype: DType) -> str | None:
     return None
 
 
+@lowered_once("eps", "interpret")
 def add_rms_norm(
     residual: Array, delta: Array, weight: Array, eps: float, *, interpret: bool = False
 ) -> tuple[Array, Array]:

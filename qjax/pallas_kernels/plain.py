@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.pallas_kernels._layout import BLOCK_K, BLOCK_N
+from qjax.pallas_kernels._once import lowered_once
 from qjax.pallas_kernels.weight_only import MAX_ROWS, SHARED_MEMORY_BYTES, SM_COUNT, Config
 from qjax.typing import Array, DType
 
@@ -125,7 +126,9 @@ def matmul(
     # TMA cuts off what is beyond the last row, in steps of 8. The interpreter does not.
     pad = rows - m if interpret else -m % 8 if m > 8 else 0
     x = jnp.pad(x, ((0, pad), (0, 0))) if pad else x
-    out = _call(x, weight, rows, config, jnp.dtype(out_dtype), interpret)
+    out = _call(
+        x, weight, rows=rows, config=config, out_dtype=jnp.dtype(out_dtype), interpret=interpret
+    )
     if keep_splits:
         out = out if config.splits > 1 else out[None]
     elif config.splits > 1:
@@ -133,8 +136,9 @@ def matmul(
     return out[..., :m, :] if pad else out
 
 
+@lowered_once("rows", "config", "out_dtype", "interpret")
 def _call(
-    x: Array, weight: Array, rows: int, config: Config, out_dtype: Any, interpret: bool
+    x: Array, weight: Array, *, rows: int, config: Config, out_dtype: Any, interpret: bool
 ) -> Array:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu
