@@ -12,6 +12,12 @@ MOSAIC_GPU_MIN_JAX = (0, 11, 2)
 """Pallas Mosaic GPU kernels are written for this jax and later; the XLA backend runs on 0.10.2."""
 
 
+def default_device() -> Any:
+    """The device or platform name that is set as default in this thread; None if none is."""
+    config: Any = jax.config  # its attributes are made at run time
+    return config.jax_default_device
+
+
 def cudnn_attention(
     q: jax.Array,
     k: jax.Array,

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from qjax.numerics import bound
 from qjax.typing import DType
 
+CLIP_FACTORS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64)
+"""Scales that are tried where clipping may pay, over the one that clips nothing."""
+
 _PLAIN = ("float32", "bfloat16", "float16")
 _QUANTIZED = ("float8_e5m2", "float8_e4m3fn", "int8", "int4")
 _MODES = ("none", "static", "dynamic", "tracked")

@@ -17,10 +17,9 @@ import importlib.util
 import json
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax._device import device_info
+from qjax.evaluation.device_time import device_seconds
+from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat, parse_kv_format
 from qjax.ops._paged import decode_by_kernel, decode_problem, paged_attention_unsupported_reason
@@ -144,39 +145,6 @@ def format_of(text: str) -> KVFormat:
     """
     name, _, mode = text.partition("-")
     return parse_kv_format(name, mode=mode or "dynamic", model_dtype=jnp.bfloat16)
-
-
-def device_seconds(
-    calls: Sequence[Callable[[], Any]], launches: int
-) -> tuple[list[float], str, int | None]:
-    """Time of each launch, cycling through the calls; kernel durations where they can be had.
-
-    Returns:
-      ``(seconds, "cupti" or "wall", kernels per launch)``.
-    """
-    jax.block_until_ready([call() for call in calls])
-    if jax.devices()[0].platform != "gpu":
-        seconds = []
-        for i in range(launches):
-            begin = time.perf_counter()
-            jax.block_until_ready(calls[i % len(calls)]())
-            seconds.append(time.perf_counter() - begin)
-        return seconds, "wall", None
-    # Through the profiler's own module: its public `measure` cannot change operands between calls.
-    profiler: Any = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
-    cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
-    cupti._cupti_init()
-    try:
-        out = [calls[i % len(calls)]() for i in range(launches)]
-        jax.block_until_ready(out)
-    finally:
-        kernels = cupti._cupti_get_timings(True)
-    count, rest = divmod(len(kernels), launches)
-    if not count or rest:
-        raise RuntimeError(f"{len(kernels)} kernels in {launches} launches: not the same in each")
-    times = [ms for _, ms in kernels]
-    seconds = [sum(times[i * count : (i + 1) * count]) * 1e-3 for i in range(launches)]
-    return seconds, "cupti", count
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -326,9 +294,10 @@ def _time_one(
     if not error < MAX_ERROR:
         return dataclasses.replace(row, error=f"wrong: relative error {error:.2e}, not timed")
     caches = [cache.with_page_table(table) for table in tables]
-    seconds, timing, kernels = device_seconds(
+    kernels, timing = device_seconds(
         [lambda c=c: compiled(q, c, lengths) for c in caches], max(args.launches, len(caches))
     )
+    seconds = [sum(times) for times in kernels]
     median = statistics.median(seconds)
     seen = row.context if args.window is None else min(args.window, row.context)
     pairs = args.tokens * (seen - (args.tokens - 1) / 2)  # of a query and a key it sees
@@ -343,7 +312,7 @@ def _time_one(
         timing=timing,
         us=median * 1e6,
         spread=(max(seconds) - min(seconds)) / median,
-        kernels=kernels,
+        kernels=len(kernels[0]) if timing == "cupti" else None,
         megabytes=moved / 1e6,
         tb_per_s=moved / median / 1e12,
         tflop_per_s=4 * row.batch * pairs * args.q_heads * args.head_dim / median / 1e12,
@@ -361,23 +330,11 @@ def work(args: argparse.Namespace) -> None:
 
 def run_child(args: argparse.Namespace, name: str, backend: str, limit: float) -> list[Row]:
     """Measure one format on one backend in a child process."""
-    command = [sys.executable, __file__, "--worker", "--formats", name, "--backends", backend]
-    for flag in ("cases", *CHILD_FLAGS.split()):
-        value = getattr(args, flag)
-        if value is not None:
-            command += [f"--{flag.replace('_', '-')}", str(value)]
-    reason = "the process ended without a result"
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(limit, 0))
-        output = done.stdout
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [reason])[-1][:300]
-    except subprocess.TimeoutExpired as expired:
-        stdout = expired.stdout or b""
-        output = stdout.decode() if isinstance(stdout, bytes) else stdout
-        reason = f"not finished within {limit:g} s, see --time-limit and --total-limit"
-    lines = [line for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
-    rows = [Row(**json.loads(line)) for line in lines]
+    flags = flags_from(args, ("cases", *CHILD_FLAGS.split()))
+    flags += ["--formats", name, "--backends", backend]
+    late = f"not finished within {limit:g} s, see --time-limit and --total-limit"
+    found, reason = run_isolated(__file__, flags, max(limit, 0), late=late)
+    rows = [Row(**row) for row in found]
     measured = {(row.context, row.batch) for row in rows}
     for case in args.cases.split(","):
         if case_of(case) not in measured:
@@ -478,18 +435,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         work(args)
         return 0
     begin = time.monotonic()
-    rows = []
-    # The kernel first: it is what a run that is cut short should have measured.
-    for backend in args.backends.split(","):
-        for name in args.formats.split(","):
-            left = args.total_limit - (time.monotonic() - begin)
-            for row in run_child(args, name, backend, min(left, args.time_limit)):
-                rows.append(row)
-                line = json.dumps(dataclasses.asdict(row))
-                print(line, flush=True)
-                if args.output is not None:
-                    with open(args.output, "a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+    rows: list[Row] = []
+
+    def measured() -> Iterator[dict[str, Any]]:
+        # The kernel first: it is what a run that is cut short should have measured.
+        for backend in args.backends.split(","):
+            for name in args.formats.split(","):
+                left = args.total_limit - (time.monotonic() - begin)
+                for row in run_child(args, name, backend, min(left, args.time_limit)):
+                    rows.append(row)
+                    yield dataclasses.asdict(row)
+
+    print_rows(measured(), args.output)
     print("\n" + "\n".join(table(rows)))
     if args.plot is not None:
         plot(rows, args.plot)

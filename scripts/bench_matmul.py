@@ -17,8 +17,7 @@ import json
 import pathlib
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax._device import compiler_options, device_info
+from qjax.evaluation.device_time import device_seconds
 from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
 from qjax.formats import FORMATS, QuantFormat, parse_format
 from qjax.ops.dot import quantized_dot, unsupported_reason
@@ -143,38 +143,6 @@ def shape_of(name: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
         raise ValueError(f"unknown shape {name!r}; use KxN or one of {', '.join(SHAPES)}")
     return int(parts[0]), int(parts[1])
-
-
-def device_seconds(
-    calls: Sequence[Callable[[], Any]], launches: int
-) -> tuple[list[list[float]], str]:
-    """Times of each launch, cycling through the calls: of its kernels, where they can be had.
-
-    Returns:
-      ``(seconds, "cupti" or "wall")``, a list of kernel durations per launch.
-    """
-    jax.block_until_ready([call() for call in calls])
-    if jax.devices()[0].platform != "gpu":
-        seconds = []
-        for i in range(launches):
-            begin = time.perf_counter()
-            jax.block_until_ready(calls[i % len(calls)]())
-            seconds.append([time.perf_counter() - begin])
-        return seconds, "wall"
-    # Through the profiler's own module: its public `measure` cannot change operands between calls.
-    profiler: Any = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
-    cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
-    cupti._cupti_init()
-    try:
-        out = [calls[i % len(calls)]() for i in range(launches)]
-        jax.block_until_ready(out)
-    finally:
-        kernels = cupti._cupti_get_timings(True)
-    count, rest = divmod(len(kernels), launches)
-    if not count or rest:
-        raise RuntimeError(f"{len(kernels)} kernels in {launches} launches: not the same in each")
-    times = [ms * 1e-3 for _, ms in kernels]
-    return [times[i * count : (i + 1) * count] for i in range(launches)], "cupti"
 
 
 def relative_error(out: jax.Array, x: jax.Array, w: Any, fmt: QuantFormat | None) -> float:

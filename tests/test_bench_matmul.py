@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from qjax.evaluation.device_time import device_seconds
 from qjax.pallas_kernels.weight_only import Config
 from scripts import bench_matmul
-from scripts.bench_matmul import Row, device_seconds, relative_error, shape_of, speedups, table
+from scripts.bench_matmul import Row, relative_error, shape_of, speedups, table
 
 ROOT = pathlib.Path(bench_matmul.__file__).resolve().parent.parent
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from qjax._compat import default_device
 from qjax.formats import QuantFormat
 from qjax.quantize import compute_scale, encode, quantize
 from qjax.quantized_array import QuantizedArray
@@ -132,7 +133,7 @@ def _moved(array: Any, *, each: Each) -> Array:
 
 def _on_host() -> bool:
     """Whether the default device is a CPU."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    device = default_device()
     if device is None:
         return jax.default_backend() == "cpu"
     return (device if isinstance(device, str) else device.platform) == "cpu"

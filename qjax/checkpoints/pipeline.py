@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import jax
 
+from qjax._compat import default_device
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -31,7 +33,7 @@ class Workers:
         self._tensors = ThreadPoolExecutor(count, thread_name_prefix="qjax-load")
         self._strips = ThreadPoolExecutor(count, thread_name_prefix="qjax-strip")
         # Settings made by context managers belong to a thread.
-        self._device = jax.config.jax_default_device  # type: ignore[attr-defined]
+        self._device = default_device()
 
     def __enter__(self) -> Workers:
         return self

@@ -26,7 +26,7 @@ def flags_from(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
 
 
 def run_isolated(
-    script: str, flags: Sequence[str], time_limit: float
+    script: str, flags: Sequence[str], time_limit: float, *, late: str | None = None
 ) -> tuple[list[dict[str, Any]], str]:
     """Run ``script --worker flags`` and collect the rows that it prints.
 
@@ -34,6 +34,7 @@ def run_isolated(
       script: Path of the script.
       flags: Its other arguments.
       time_limit: Seconds after which the process is killed; rows printed before count.
+      late: What to say then; by default that ``--time-limit`` was too short.
 
     Returns:
       The rows, and why there may be fewer than asked for: the time limit, or the last line the
@@ -49,7 +50,7 @@ def run_isolated(
     except subprocess.TimeoutExpired as expired:
         output = expired.stdout or b""
         output = output.decode() if isinstance(output, bytes) else output
-        reason = f"not finished within --time-limit {time_limit:g} s"
+        reason = late or f"not finished within --time-limit {time_limit:g} s"
     # A line may have been cut in the middle when the process was killed.
     lines = [line for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
     return [json.loads(line) for line in lines], reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
 from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.kv_cache import QuantizedKVCache
+from qjax.kv_format import CLIP_FACTORS
+from qjax.ops._dispatch import kernels_by_default
 from qjax.typing import Array
 
 # Whether the kernel runs without being asked for, where it can; see also ``ops._paged``.
@@ -18,7 +21,7 @@ _KERNEL_BY_DEFAULT = False
 
 def kernel_by_default(cache: QuantizedKVCache, layer: int, keys: Array) -> bool:
     """Whether ``append`` of these arguments is left to the kernel."""
-    if not _KERNEL_BY_DEFAULT or jax.device_count() > 1:
+    if not (_KERNEL_BY_DEFAULT and kernels_by_default()):
         return False
     return append_unsupported_reason(cache, layer, keys) is None
 
@@ -90,8 +93,7 @@ def append_by_kernel(
     return dataclasses.replace(cache, **changed)
 
 
-def _sizes(cache: QuantizedKVCache, layer: int, keys: Array):  # noqa: ANN202
-    from qjax.ops.kv import CLIP_FACTORS  # which imports this module
+def _sizes(cache: QuantizedKVCache, layer: int, keys: Array) -> Any:
     from qjax.pallas_kernels import _kv_append
 
     return _kv_append.Sizes(

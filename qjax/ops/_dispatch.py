@@ -7,13 +7,22 @@ import jax
 BACKENDS = ("xla", "mosaic_gpu")
 
 
+def kernels_by_default() -> bool:
+    """Whether kernels run without being asked for.
+
+    Not in a process that sees several devices: XLA can divide its own ops between them and not a
+    kernel, for which it would gather operands that lie on all of them.
+    """
+    return jax.device_count() == 1
+
+
 def choose_backend(op: str, backend: str | None, mosaic_gpu_reason: str | None) -> str:
     """The backend to run, or the error that says why it cannot.
 
     Args:
       op: Name of the op, for messages.
-      backend: What the caller asked for; None chooses the fastest supported one. In a process with
-        several devices that is XLA, which can divide its own ops between them and not the kernels.
+      backend: What the caller asked for; None chooses the fastest supported one, which is XLA
+        where kernels do not run by default.
       mosaic_gpu_reason: Why the Mosaic GPU kernel cannot run on these arguments; None if it can.
 
     Returns:
@@ -24,8 +33,8 @@ def choose_backend(op: str, backend: str | None, mosaic_gpu_reason: str | None) 
       NotImplementedError: If the named backend cannot run; the message holds the reason.
     """
     if backend is None:
-        alone = jax.local_device_count() == 1
-        return "mosaic_gpu" if mosaic_gpu_reason is None and alone else "xla"
+        chosen = mosaic_gpu_reason is None and kernels_by_default()
+        return "mosaic_gpu" if chosen else "xla"
     if backend not in BACKENDS:
         raise ValueError(f"unknown {backend=}; choose one of {BACKENDS} or None for automatic")
     if backend == "mosaic_gpu" and mosaic_gpu_reason is not None:

@@ -28,15 +28,13 @@ import jax.numpy as jnp
 
 from qjax import numerics
 from qjax.kv_cache import QuantizedKVCache
-from qjax.kv_format import KVFormat
+from qjax.kv_format import CLIP_FACTORS, KVFormat
 from qjax.ops._append import append_by_kernel, kernel_by_default
 from qjax.typing import Array, DType
 
 # One step of the float32 exponent: subtracting it from the bits of a normal number halves it.
 _HALVE = 1 << 23
 _INT32_MAX = 2**31 - 1
-CLIP_FACTORS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64)
-"""Scales that are tried where clipping may pay, over the one that clips nothing."""
 
 
 def decay_scan(absmax: Array, start: Array, valid: Array) -> Array:

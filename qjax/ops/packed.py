@@ -1,8 +1,7 @@
 """Weights packed for the Mosaic GPU kernels, and products with them.
 
-Packing is a choice, made once when a model is loaded: nothing else in qjax packs a weight, and an
-unpacked one never meets these kernels. They are compiled for sm_90a and checked in the Pallas
-interpreter, but have not yet run on hardware.
+Packing is a choice, made once when a model is loaded (``serving.weights`` makes it where the
+kernels run); an unpacked quantized weight never meets these kernels.
 
 A ``PackedWeight`` stands where a ``QuantizedArray`` stood and multiplies by the same
 ``quantized_dot`` (one whose format names 8-bit activations is the subclass ``PackedW8A8`` of

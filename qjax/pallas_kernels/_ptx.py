@@ -53,7 +53,7 @@ class Ptx:
             result_type = types[0]
         else:
             result_type = ir.Type.parse(f"!llvm.struct<({', '.join(map(str, types))})>")
-        result = llvm.inline_asm(
+        result: Any = llvm.inline_asm(
             result_type, list(operands), text, ",".join(letters), has_side_effects=memory
         )
         if len(types) < 2:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from qjax._device import device_info, mosaic_gpu_unsupported_reason
 from qjax.models.fusion import fuse_layer
+from qjax.ops._dispatch import kernels_by_default
 from qjax.ops.packed import PackedWeight, pack_tree
 from qjax.quantize import is_quantized
 from qjax.typing import DType, Params
@@ -37,6 +38,8 @@ def prepare_weights(
     reason = mosaic_gpu_unsupported_reason()
     if reason is None and dtype not in (jnp.bfloat16, jnp.float16):
         reason = f"the kernels take 16-bit activations and the model computes in {dtype}"
+    if reason is None and not kernels_by_default():
+        reason = "several devices, which XLA divides its own products between"
     pack = reason is None if pack is None else pack
     root = cast(dict[str, Any], params)
     model = root["model"]
