@@ -115,12 +115,19 @@ def test_printed_results(model, capsys):
     assert "prefill" in captured.err
 
 
+def first_stats_row(err: str) -> list[str]:
+    """The words of the first row under the header; threads of other tests may log above it."""
+    lines = err.splitlines()
+    (header,) = (i for i, line in enumerate(lines) if line.startswith("layer "))
+    return lines[header + 1].split()
+
+
 def test_measured_kv_scales_are_exported_and_read_back(model, tmp_path, capsys):
     scales, output = tmp_path / "scales.json", tmp_path / "out.jsonl"
     flags = ("--prompt", "the cat", "--max-new-tokens", 5, "--ignore-eos", "--quiet")
     measure = (*flags, "--export-kv-scales", scales)
     assert serve_main(model, *measure, "--kv-stats") == 0
-    assert capsys.readouterr().err.splitlines()[3].split()[:4] == ["0", "f32", "0", "0"]
+    assert first_stats_row(capsys.readouterr().err)[:4] == ["0", "f32", "0", "0"]
     values = json.loads(scales.read_text())
     assert values["dtype"] == "float8_e4m3fn" and list(values["layers"]) == ["0"]
     assert serve_main(model, *measure, "--overwrite", "--kv-cache-dtype", "int4") == 2
@@ -130,12 +137,12 @@ def test_measured_kv_scales_are_exported_and_read_back(model, tmp_path, capsys):
 
     given = (*flags, "--output", output, "--kv-stats", "--quantization-param-path", scales)
     assert serve_main(model, *given) == 0
-    row = capsys.readouterr().err.splitlines()[3].split()
+    row = first_stats_row(capsys.readouterr().err)
     assert row[:2] == ["0", "fp8_e4m3-static-head"]
     values["layers"]["0"]["v_scale"] = 1e-6  # so small that every value is clipped
     scales.write_text(json.dumps(values))
     assert serve_main(model, *given, "--overwrite") == 0
-    clipped = capsys.readouterr().err.splitlines()[3].split()
+    clipped = first_stats_row(capsys.readouterr().err)
     tokens = read_lines(output)[0]["prompt_tokens"] + 4  # the last one generated is not stored
     assert clipped[2] == row[2] and int(clipped[3]) > 0.9 * 16 * tokens
 

@@ -98,6 +98,7 @@ def run_server(
     )
     host, port, *_ = bound.getsockname()
     host = f"[{host}]" if ":" in host else host
+    bound.listen()  # from here on clients wait for an answer, and are not refused
     say(f"serving {settings.model} at http://{host}:{port}/v1, Ctrl-C to stop")
     app = create_app(EngineThread(engine), settings, api_key=args.api_key)
     serve(app, bound, quiet=args.quiet)
