@@ -221,6 +221,22 @@ def test_published_checkpoints(shared_data, tmp_path, name):
     assert (tmp_path / "m" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("name", ["w8a8_fp8_block", "w8a8_fp8"])
+def test_whole_fp8_models_are_written_as_they_were_read(tmp_path, name):
+    """Layers made by hand, as published models have them, are in test_fp8_checkpoints.py."""
+    params = jax.tree.map(jnp.asarray, random_params(TINY, lambda leaf, seed: None))
+    fmt = qjax.formats.parse_format(name)
+    assert fmt is not None
+    save(tmp_path / "a", qjax.quantize_tree(params, {".*_proj/kernel": fmt}), "fp8")
+    model = load(tmp_path / "a")
+    save(tmp_path / "b", model.params, "fp8", model.config, source=tmp_path / "a")
+    first, second = SafetensorsCheckpoint(tmp_path / "a"), SafetensorsCheckpoint(tmp_path / "b")
+    assert first.keys() == second.keys()
+    for tensor in first:
+        assert first.tensors[tensor].dtype == second.tensors[tensor].dtype
+        assert first[tensor].tobytes() == second[tensor].tobytes(), tensor
+
+
 def test_v1_files_with_borrows_survive_when_asked_to(tmp_path):
     fmt = INT4.replace(symmetric=False)
     params = random_params(TINY, functools.partial(quantized_kernel, fmt=fmt))
