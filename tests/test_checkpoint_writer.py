@@ -19,7 +19,7 @@ from qjax.checkpoints.gptq_writer import GptqWriter
 from qjax.checkpoints.hf import load_model
 from qjax.checkpoints.safetensors_io import SafetensorsCheckpoint, read_header, read_json
 from qjax.checkpoints.writer import Source, TensorSpec, replacing_folder, write_tensors
-from qjax.formats import QuantFormat
+from qjax.formats import QuantFormat, parse_format
 from tests.checkpoint_models import TINY, assert_same_tree, random_params, random_quantized
 
 INT4 = QuantFormat("int4", "group", group_size=32, scale_dtype="float16")
@@ -225,7 +225,7 @@ def test_published_checkpoints(shared_data, tmp_path, name):
 def test_whole_fp8_models_are_written_as_they_were_read(tmp_path, name):
     """Layers made by hand, as published models have them, are in test_fp8_checkpoints.py."""
     params = jax.tree.map(jnp.asarray, random_params(TINY, lambda leaf, seed: None))
-    fmt = qjax.formats.parse_format(name)
+    fmt = parse_format(name)
     assert fmt is not None
     save(tmp_path / "a", qjax.quantize_tree(params, {".*_proj/kernel": fmt}), "fp8")
     model = load(tmp_path / "a")
