@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax._device import compiler_options, device_info
+from qjax.evaluation.device_time import kernel_seconds
 from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
 from qjax.formats import FORMATS, parse_format
 from qjax.generate import activation_qtype, decode
@@ -41,6 +42,9 @@ columns
   TB/s     bytes that a step must read (all weights, cached tokens) over its time
   floor    time to read these bytes at the memory's data-sheet rate, over the time taken
   vs bf16  tokens/s over those of bf16 at the same batch size
+
+With --kernels 12 the 12 kernels that take most of a step are listed after the table, and what is
+left of the step: other kernels, and time in which none ran.
 """
 
 PASSED_ON = (
@@ -54,6 +58,7 @@ PASSED_ON = (
     "steps",
     "blocks",
     "repeats",
+    "kernels",
 )
 """Flags that a child process gets as they are."""
 
@@ -74,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=32, help="decode steps per program (%(default)s)")
     add("--blocks", type=int, default=4, help="programs per measurement (%(default)s)")
     add("--repeats", type=int, default=3, help="measurements; the median counts (%(default)s)")
+    add("--kernels", type=int, default=0, metavar="N", help="list N kernels (%(default)s; GPU)")
     add("--time-limit", type=float, default=300.0, help="seconds per format (%(default)s)")
     add("--output", metavar="FILE.jsonl", help="append rows here as they are measured")
     add(
@@ -106,11 +112,14 @@ class Row:
     tb_per_s: float | None = None
     floor_fraction: float | None = None
     compile_s: float | None = None
+    kernels: list[tuple[str, int, float]] | None = None
     error: str | None = None
 
 
 def measure(args: argparse.Namespace, name: str, batch: int, params: Any) -> Row:
     """Time decode steps of one batch size."""
+    if args.kernels and jax.devices()[0].platform != "gpu":
+        raise NotImplementedError("--kernels needs a GPU: elsewhere steps are not made of kernels")
     config = SHAPES[args.shape]
     backend = None if args.backend == "auto" else args.backend
     module = Decoder(config, dtype=jnp.bfloat16, dot_backend=backend, attention_backend=backend)
@@ -147,6 +156,7 @@ def measure(args: argparse.Namespace, name: str, batch: int, params: Any) -> Row
         jax.block_until_ready(last)
         seconds.append((time.perf_counter() - begin) / (args.blocks * args.steps))
     median = statistics.median(seconds)
+    kernels = kernel_seconds(block)[: args.kernels] if args.kernels else None
     info = device_info()
     floor = None if info.peaks is None else read / info.peaks.bytes_per_s / median
     return Row(
@@ -165,6 +175,7 @@ def measure(args: argparse.Namespace, name: str, batch: int, params: Any) -> Row
         tb_per_s=read / median / 1e12,
         floor_fraction=floor,
         compile_s=compile_s,
+        kernels=kernels,
     )
 
 
@@ -221,6 +232,26 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def kernel_table(row: Row, steps: int) -> list[str]:
+    """A Markdown table of the kernels of a step."""
+    if row.kernels is None or row.ms_per_step is None:
+        return []
+    lines = [
+        f"\n{row.format}, batch {row.batch}: a step of {row.ms_per_step * 1e3:,.0f} us",
+        "",
+        "| kernel | per step | us each | us per step | share |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    rest = row.ms_per_step * 1e3
+    for name, count, seconds in row.kernels:
+        us = seconds / steps * 1e6
+        rest -= us
+        share = us / row.ms_per_step / 1e3
+        each = seconds / count * 1e6
+        lines.append(f"| {name[:60]} | {count / steps:g} | {each:.2f} | {us:.1f} | {share:.1%} |")
+    return [*lines, f"| others, and none | | | {rest:.1f} | {rest / row.ms_per_step / 1e3:.1%} |"]
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse what every child process would refuse.
 
@@ -236,6 +267,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("steps", "blocks", "repeats", "page_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.kernels < 0:
+        raise ValueError(f"--kernels {args.kernels} must not be negative")
     longest = SHAPES[args.shape].max_position_embeddings
     if not args.steps // 2 < args.context <= longest - args.steps:
         raise ValueError(
@@ -265,6 +298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print_rows(measured(), args.output)
     print("\n" + "\n".join(table(rows)))
+    for row in rows:
+        print("\n".join(kernel_table(row, args.steps)), end="\n" if row.kernels else "")
     return int(any(row.error for row in rows))
 
 

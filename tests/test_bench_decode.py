@@ -50,12 +50,25 @@ def test_a_slow_format_does_not_stop_the_others(capsys):
     assert "| int8 | bf16 | 2 |" in out
 
 
+def test_kernels_of_a_step(capsys):
+    if jax.devices()[0].platform != "gpu":
+        assert bench_decode.main([*SMALL, "--formats", "int4", "--kernels", "3"]) == 1
+        assert "--kernels needs a GPU" in capsys.readouterr().out
+    kernels = [("gemm", 4, 1.2e-3), ("norm" * 30, 8, 0.4e-3)]
+    row = bench_decode.Row("tiny", "int4", "bf16", 1, 16, "auto", ms_per_step=0.5, kernels=kernels)
+    text = "\n".join(bench_decode.kernel_table(row, 4))
+    assert "a step of 500 us" in text
+    assert "| gemm | 1 | 300.00 | 300.0 | 60.0% |" in text
+    assert "| others, and none | | | 100.0 | 20.0% |" in text
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--formats", "int5"], "unknown format 'int5'"),
         (["--batch-sizes", "1,x"], "--batch-sizes '1,x' must be numbers"),
         (["--kv-cache-dtype", "int5"], "'int5' is unknown"),
+        (["--kernels", "-1"], "--kernels -1 must not be negative"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--context", "16", "--steps", "40"], "--context 16 must lie between"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,6 +173,6 @@ def test_no_float_copy_of_the_weight_on_the_gpu_path(rng: np.random.Generator) -
         eqn.primitive.name
         for eqn in jaxpr.jaxpr.eqns
         for var in eqn.outvars
-        if var.aval.size == w.size and jnp.issubdtype(var.aval.dtype, jnp.floating)
+        if (aval := cast(Any, var.aval)).size == w.size and jnp.issubdtype(aval.dtype, jnp.floating)
     ]
     assert set(wide) <= {"convert_element_type", "reshape"}, wide
