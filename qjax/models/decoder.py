@@ -168,7 +168,7 @@ class Backbone(nn.Module):
                 **dtypes,
             )
             (x, delta), cache, _ = layer(x, positions, cache, slots, valid, delta, True)
-        if logits_at is not None:
+        if logits_at is not None and tokens.shape[1] > 1:
             at = logits_at[:, None, None]
             x = jnp.take_along_axis(x, at, axis=1)
             delta = None if delta is None else jnp.take_along_axis(delta, at[None], axis=2)
