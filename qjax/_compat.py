@@ -18,6 +18,22 @@ def default_device() -> Any:
     return config.jax_default_device
 
 
+def compile_lowered(lowered: Any, options: dict[str, Any] | None) -> Any:
+    """``lowered.compile(options)``, to be called with arrays on several devices too.
+
+    jax 0.10 tells of int4 arrays that are committed to devices that they are not packed, and then
+    refuses them to the program for packed ones, which they are.
+    """
+    compiled = lowered.compile(compiler_options=options)
+    if JAX_VERSION < (0, 11):
+        program = compiled._executable
+        program._xla_in_layouts = [
+            None if layout is None or layout.sub_byte_element_size_in_bits else layout
+            for layout in program._xla_in_layouts
+        ]
+    return compiled
+
+
 def cudnn_attention(
     q: jax.Array,
     k: jax.Array,

@@ -56,7 +56,8 @@ class QuantizedKVCache:
       layer_saturated: Per layer int32 ``[2]``: key and value elements that were clipped or were not
         finite. Stops at the int32 maximum. What int4 clips because it pays is not counted.
       layer_underflowed: Per layer int32 ``[2]``: key and value elements that were not 0 and are
-        stored as 0. Stops at the int32 maximum.
+        stored as 0. Stops at the int32 maximum. Where the heads are cut over devices that count on
+        their own, this and the counter above hold the counts of all, ``[2 * devices]``.
       page_table: int32 ``[max_seqs, pages_per_seq]``. Unused entries hold ``num_pages``; writes
         there are dropped.
       formats: Static. Format per layer.
@@ -215,12 +216,12 @@ class QuantizedKVCache:
     @property
     def saturated(self) -> Array:
         """int32 ``[layers, 2]``: key and value elements clipped or not finite since ``init``."""
-        return jnp.stack(self.layer_saturated)
+        return _total(self.layer_saturated)
 
     @property
     def underflowed(self) -> Array:
         """int32 ``[layers, 2]``: key and value elements that became 0 since ``init``."""
-        return jnp.stack(self.layer_underflowed)
+        return _total(self.layer_underflowed)
 
     @property
     def nbytes(self) -> int:
@@ -309,6 +310,16 @@ class QuantizedKVCache:
                 start = at_pages.at[entry].get(mode="fill", fill_value=0).swapaxes(0, 1)
             running.append(jnp.where(chosen, start, old))
         return dataclasses.replace(self, running=tuple(running))
+
+
+def _total(counters: Sequence[Array]) -> Array:
+    """int32 ``[layers, 2]``, over all devices that count."""
+    counts = jnp.stack(tuple(counters)).reshape(len(counters), -1, 2)
+    total = counts[:, 0]
+    for device in range(1, counts.shape[1]):
+        more = total + counts[:, device]
+        total = jnp.where(more < total, jnp.int32(np.iinfo(np.int32).max), more)  # wrapped around
+    return total
 
 
 def _check_static_scales(

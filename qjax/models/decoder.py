@@ -7,6 +7,7 @@ stacked weights and the cache, and XLA copies the slices.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from qjax.kv_cache import QuantizedKVCache
 from qjax.models.config import ModelConfig
-from qjax.nn import Attention, GatedMLP, QuantDense, RMSNorm
+from qjax.nn import Attention, GatedMLP, QuantDense, RMSNorm, TensorParallel
 from qjax.nn.layers import Taps
 from qjax.ops.dot import quantized_dot
 
@@ -24,12 +25,13 @@ class DecoderLayer(nn.Module):
     """One transformer block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
 
     Attributes:
-      config: The model.
+      config: The model, or the part of it that one device has.
       layer: Index of the layer.
       dtype: Compute dtype.
       param_dtype: Dtype of freshly initialised parameters.
       dot_backend: Passed to ``quantized_dot``.
       attention_backend: Passed to ``paged_attention``.
+      sum_over: Mesh axis of the other devices; see ``Attention`` and ``GatedMLP``.
     """
 
     config: ModelConfig
@@ -38,6 +40,7 @@ class DecoderLayer(nn.Module):
     param_dtype: Any = jnp.float32
     dot_backend: str | None = None
     attention_backend: str | None = None
+    sum_over: str | None = None
 
     @nn.compact
     def __call__(
@@ -93,6 +96,7 @@ class DecoderLayer(nn.Module):
             dot_backend=self.dot_backend,
             attention_backend=self.attention_backend,
             keep_splits=True,
+            sum_over=self.sum_over,
             name="self_attn",
             **dtypes,
         )
@@ -104,6 +108,7 @@ class DecoderLayer(nn.Module):
             out_init_std=out_init_std,
             backend=self.dot_backend,
             keep_splits=True,
+            sum_over=self.sum_over,
             name="mlp",
             **dtypes,
         )
@@ -116,18 +121,26 @@ class DecoderLayer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding ``(vocab, hidden)``; also the output projection of models that tie them."""
+    """Token embedding ``(vocab, hidden)``; also the output projection of models that tie them.
+
+    With ``parallel`` it is cut along the vocabulary, and the table is the part of one device.
+    """
 
     vocab_size: int
     features: int
     dtype: Any = jnp.bfloat16
     param_dtype: Any = jnp.float32
+    parallel: TensorParallel | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """``(b, t)`` to ``(b, t, hidden)``, and the table. Ids outside the vocabulary give NaN."""
-        shape = (self.vocab_size, self.features)
+        p = self.parallel
+        rows = self.vocab_size if p is None else p.share(self.vocab_size)
+        shape = (rows, self.features)
         table = self.param("embedding", nn.initializers.normal(0.02), shape, self.param_dtype)
+        if p is not None:
+            return p.embed(table, tokens, self.vocab_size, self.dtype), table
         return jnp.take(table, tokens, axis=0).astype(self.dtype), table
 
 
@@ -140,6 +153,7 @@ class Backbone(nn.Module):
     remat: bool = False
     dot_backend: str | None = None
     attention_backend: str | None = None
+    parallel: TensorParallel | None = None
 
     @nn.compact
     def __call__(
@@ -154,8 +168,17 @@ class Backbone(nn.Module):
         """Final hidden states ``(b, t or 1, hidden)``, the embedding table, and the new cache."""
         c = self.config
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        embed = Embedding(c.vocab_size, c.hidden_size, name="embed_tokens", **dtypes)
+        p = self.parallel
+        embed = Embedding(
+            c.vocab_size,
+            c.hidden_size,
+            parallel=None if p is None else p.of_vocabulary(c.vocab_size),
+            name="embed_tokens",
+            **dtypes,
+        )
         x, table = embed(tokens)
+        if p is not None:
+            c = _part(c, p)
         block = nn.remat(DecoderLayer, static_argnums=(7,)) if self.remat else DecoderLayer
         delta = None
         for i in range(c.num_layers):
@@ -164,6 +187,7 @@ class Backbone(nn.Module):
                 layer=i,
                 dot_backend=self.dot_backend,
                 attention_backend=self.attention_backend,
+                sum_over=None if p is None else p.axis,
                 name=f"layers_{i}",
                 **dtypes,
             )
@@ -190,6 +214,8 @@ class Decoder(nn.Module):
       remat: Recompute layers in the backward pass instead of keeping their activations.
       dot_backend: Passed to ``quantized_dot``.
       attention_backend: Passed to ``paged_attention``.
+      parallel: This is the program of one device under ``jax.shard_map``: parameters and cache are
+        its part of those of the model (``models.sharding``); tokens and logits are the same on all.
     """
 
     config: ModelConfig
@@ -198,6 +224,7 @@ class Decoder(nn.Module):
     remat: bool = False
     dot_backend: str | None = None
     attention_backend: str | None = None
+    parallel: TensorParallel | None = None
 
     @nn.compact
     def __call__(
@@ -236,20 +263,31 @@ class Decoder(nn.Module):
             remat=self.remat,
             dot_backend=self.dot_backend,
             attention_backend=self.attention_backend,
+            parallel=self.parallel,
             name="model",
             **common,
         )
         x, table, cache = backbone(tokens, positions, cache, slots, valid, logits_at)
+        p = None if self.parallel is None else self.parallel.of_vocabulary(c.vocab_size)
         if c.tie_word_embeddings:
             # By XLA, which reads the table transposed; a kernel would need a transposed copy.
             logits = quantized_dot(x, table.T, out_dtype=jnp.float32, backend="xla")
         else:
             head = QuantDense(
-                c.vocab_size,
+                c.vocab_size if p is None else p.share(c.vocab_size),
                 out_dtype=jnp.float32,
                 backend=self.dot_backend,
                 name="lm_head",
                 **common,
             )
             logits = head(x)
+        if p is not None:
+            logits = p.gather(logits)
         return (logits if logits_at is None else logits[:, 0]), cache
+
+
+def _part(config: ModelConfig, parallel: TensorParallel) -> ModelConfig:
+    """What one device has of every layer."""
+    names = "num_q_heads", "num_kv_heads", "intermediate_size"
+    sizes: dict[str, Any] = {name: parallel.share(getattr(config, name)) for name in names}
+    return dataclasses.replace(config, **sizes)

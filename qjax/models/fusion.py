@@ -2,7 +2,8 @@
 
 One product instead of three saves launches and reads its input once, and a wide product fills a GPU
 where a narrow one does not. The modules accept both forms (``qkv_proj``, ``gate_up_proj``). A
-change for inference on one device: shards of a joined projection would not be heads.
+change for inference, which every device makes with what it holds: a joined projection cut into
+parts would not give heads.
 """
 
 from __future__ import annotations
@@ -68,7 +69,17 @@ def fuse_kernels(kernels: list[Any]) -> Any:
     return dataclasses.replace(kernels[0], **joined)
 
 
-def fuse_layer(layer: Params) -> tuple[Params, list[str]]:
+def left_apart(layer: Params) -> list[str]:
+    """For each block of a layer that ``fuse_layer`` leaves as it is: its name and why."""
+    reasons = ((block, _reason(layer, block)) for block in FUSED)
+    return [f"{block}: {reason}" for block, reason in reasons if reason is not None]
+
+
+def _reason(layer: Params, block: str) -> str | None:
+    return fuse_unsupported_reason([layer[block][part]["kernel"] for part in FUSED[block][1]])
+
+
+def fuse_layer(layer: Params) -> Params:
     """Join the projections of one decoder layer where that is possible.
 
     Biases stay with the parts. The kernels that were joined are taken out of the given dictionaries
@@ -78,22 +89,17 @@ def fuse_layer(layer: Params) -> tuple[Params, list[str]]:
       layer: Parameters of a layer; its kernels are removed.
 
     Returns:
-      The parameters with joined projections, and for each block left alone its name and why.
+      The parameters with joined projections; ``left_apart`` tells of the others.
     """
     out: Params = dict(layer)
-    left = []
     for block, (fused, parts) in FUSED.items():
-        old = layer[block]
-        kernels = [old[part]["kernel"] for part in parts]
-        reason = fuse_unsupported_reason(kernels)
-        if reason is not None:
-            left.append(f"{block}: {reason}")
+        if _reason(layer, block) is not None:
             continue
-        for part in parts:
-            del old[part]["kernel"]
+        old = layer[block]
+        kernels = [old[part].pop("kernel") for part in parts]
         # With what remains, biases if there are any.
         kept = {name: value for name, value in old.items() if name not in parts or value}
         joined = fuse_kernels(kernels)
         del kernels
         out[block] = kept | {fused: {"kernel": joined}}
-    return out, left
+    return out

@@ -38,6 +38,8 @@ class Attention(nn.Module):
       dot_backend: Passed to ``quantized_dot``.
       attention_backend: Passed to ``paged_attention``.
       keep_splits: Return ``(s, b, t, hidden)``, to be summed over ``s``.
+      sum_over: Mesh axis of ``jax.shard_map`` over whose devices the result is summed: the heads
+        are those of one device.
     """
 
     layer: int
@@ -57,6 +59,7 @@ class Attention(nn.Module):
     dot_backend: str | None = None
     attention_backend: str | None = None
     keep_splits: bool = False
+    sum_over: str | None = None
 
     @nn.compact
     def __call__(
@@ -165,6 +168,7 @@ class Attention(nn.Module):
             use_bias=self.use_out_bias,
             init_std=self.out_init_std,
             keep_splits=self.keep_splits,
+            sum_over=self.sum_over,
             name="o_proj",
             **common,
         )

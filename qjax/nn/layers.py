@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qjax.nn.parallel import reorder_inputs, sum_over_devices
 from qjax.ops.dot import quantized_dot
 from qjax.ops.norm import add_rms_norm, rms_norm
 from qjax.ops.packed import PackedWeight
@@ -35,6 +36,8 @@ class QuantDense(nn.Module):
       init_std: Standard deviation of a freshly initialised kernel.
       keep_splits: Return ``(s, ..., out)``, to be summed over ``s``; see ``quantized_dot``.
       backend: Passed to ``quantized_dot``.
+      sum_over: Mesh axis of ``jax.shard_map`` among whose devices the inputs, and the rows of the
+        kernel, are cut: the result is the sum over them, and the bias is added once.
     """
 
     features: int
@@ -46,6 +49,7 @@ class QuantDense(nn.Module):
     init_std: float = 0.02
     keep_splits: bool = False
     backend: str | None = None
+    sum_over: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -62,14 +66,13 @@ class QuantDense(nn.Module):
             kernel = kernel.astype(self.dtype)
         x = x.astype(self.dtype)
         out_dtype = self.dtype if self.out_dtype is None else self.out_dtype
+        if self.sum_over is not None and getattr(kernel, "perm", None) is not None:
+            x, kernel = reorder_inputs(x, kernel, self.sum_over)
         # A bias is added to the whole sum.
-        y = quantized_dot(
-            x,
-            kernel,
-            out_dtype=out_dtype,
-            keep_splits=self.keep_splits and not self.use_bias,
-            backend=self.backend,
-        )
+        splits = self.keep_splits and not self.use_bias
+        y = quantized_dot(x, kernel, out_dtype=out_dtype, keep_splits=splits, backend=self.backend)
+        if self.sum_over is not None:
+            y = sum_over_devices(y, self.sum_over, splits=splits)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             if not self.add_bias:
@@ -108,7 +111,11 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU: ``down_proj(silu(gate_proj(x)) * up_proj(x))``."""
+    """SwiGLU: ``down_proj(silu(gate_proj(x)) * up_proj(x))``.
+
+    With ``sum_over``, a mesh axis of ``jax.shard_map``, these are the features of one device, and
+    the result is summed over all.
+    """
 
     intermediate_size: int
     use_bias: bool = False
@@ -117,6 +124,7 @@ class GatedMLP(nn.Module):
     out_init_std: float = 0.02
     backend: str | None = None
     keep_splits: bool = False
+    sum_over: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Taps]:
@@ -144,6 +152,7 @@ class GatedMLP(nn.Module):
             x.shape[-1],
             init_std=self.out_init_std,
             keep_splits=self.keep_splits,
+            sum_over=self.sum_over,
             name="down_proj",
             **common,
         )

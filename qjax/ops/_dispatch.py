@@ -8,12 +8,17 @@ BACKENDS = ("xla", "mosaic_gpu")
 
 
 def kernels_by_default() -> bool:
-    """Whether kernels run without being asked for.
+    """Whether kernels run without being asked for: in programs that are for one device each.
 
-    Not in a process that sees several devices: XLA can divide its own ops between them and not a
-    kernel, for which it would gather operands that lie on all of them.
+    Such are all in a process with one device, and what ``jax.shard_map`` runs on every device by
+    itself (over all axes of its mesh; one device makes a mesh too). Otherwise XLA may have to
+    divide the program between devices, which it can do with its own ops and not with a kernel, for
+    which it would gather operands that lie on all of them.
     """
-    return jax.device_count() == 1
+    if jax.device_count() == 1:
+        return True
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def choose_backend(op: str, backend: str | None, mosaic_gpu_reason: str | None) -> str:

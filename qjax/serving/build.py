@@ -11,6 +11,7 @@ import jax
 from qjax.checkpoints.hf import load_model
 from qjax.checkpoints.reader import KVScales
 from qjax.formats import parse_format
+from qjax.models.sharding import tensor_parallel_mesh
 from qjax.serving.engine import Engine, EngineConfig
 from qjax.serving.key_bias import describe, leave_out_biases
 from qjax.serving.settings import kv_formats, parse_layers
@@ -28,6 +29,7 @@ class ModelChoices:
       kv_cache_dtype: See ``kv_formats``.
       kv_scale_mode: See ``kv_formats``.
       kv_skip_layers: Layers with an unquantized KV cache, such as ``0,1,-1``.
+      tp_size: Devices over which every layer is cut.
     """
 
     quantization: str = "none"
@@ -36,6 +38,7 @@ class ModelChoices:
     kv_cache_dtype: str = "auto"
     kv_scale_mode: str | None = None
     kv_skip_layers: str = ""
+    tp_size: int = 1
 
 
 def engine_config(
@@ -109,14 +112,16 @@ def build_engine(
       The engine, and the names of its weight and KV cache formats.
 
     Raises:
-      ValueError: If the choices do not fit the checkpoint, or it is damaged.
+      ValueError: If the choices do not fit the checkpoint or the devices, or it is damaged.
     """
+    mesh = tensor_parallel_mesh(choices.tp_size) if choices.tp_size != 1 else None
     model = load_model(
         folder,
         quantization=parse_format(choices.quantization),
         skip=choices.skip_layers,
         dtype=None if choices.dtype == "auto" else choices.dtype,
         progress=progress,
+        mesh=mesh,
     )
     given = model.kv_scales if kv_scales is None else kv_scales
     formats, scales = kv_formats(
@@ -130,7 +135,7 @@ def build_engine(
     formats, biases = leave_out_biases(formats, model.params, model.config, given)
     if biases and on_note is not None:
         on_note(describe(biases))
-    params, note = prepare_weights(model.params, model.module.dtype)
+    params, note = prepare_weights(model.params, model.module.dtype, mesh=mesh)
     if on_note is not None and jax.devices()[0].platform == "gpu":
         on_note(note)
     engine = Engine(
@@ -140,6 +145,7 @@ def build_engine(
         formats,
         static_scales=scales,
         on_compile=on_compile,
+        mesh=mesh,
     )
     names = dict.fromkeys(f.name for f in formats)
     return engine, model.method or choices.quantization, " and ".join(names)

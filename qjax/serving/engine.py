@@ -23,13 +23,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from qjax._compat import compile_lowered
 from qjax._device import compiler_options
 from qjax.generate import DecodeState, PrefillBatch, activation_qtype, decode, prefill
 from qjax.kv_cache import QuantizedKVCache, StaticScales
 from qjax.kv_format import KVFormat
 from qjax.models.config import ModelConfig
 from qjax.sampling import SamplingArrays, SamplingParams
+from qjax.serving.devices import Devices
 from qjax.serving.pages import PageTable, pages_for
 from qjax.serving.prefix import PrefixCache
 from qjax.serving.scheduler import MIN_CHUNK, Request, Scheduler, Task, chunk_at, rows_at
@@ -150,6 +153,7 @@ class Engine:
       stats: Totals since construction.
       module: The decoder.
       params: Its parameters.
+      devices: What lies on which device.
       next_id: Id that the next submitted request gets.
     """
 
@@ -163,6 +167,7 @@ class Engine:
         static_scales: StaticScales | None = None,
         eos_ids: Sequence[int] | None = None,
         on_compile: Callable[[str], None] | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         """Allocate the cache. Programs are compiled when they are first needed.
 
@@ -175,10 +180,12 @@ class Engine:
           eos_ids: End-of-sequence tokens; those of the model's configuration if None.
           on_compile: Called with the name of a program that is about to be compiled, which may
             take many seconds.
+          mesh: The devices over which ``load_model(mesh=...)`` cut the model, which compute
+            together, each its part; see ``qjax.models.sharding``.
 
         Raises:
           ValueError: If ``max_model_len`` is longer than the model was made for, or sizes and
-            formats do not fit together.
+            formats do not fit together, or the model cannot be cut over the mesh.
         """
         model: ModelConfig = module.config
         if config.max_model_len > model.max_position_embeddings:
@@ -196,7 +203,8 @@ class Engine:
         self._pages = PageTable(config.total_pages, config.page_size, slots, config.pages_per_seq)
         self._prefixes = PrefixCache(self._pages) if config.prefix_cache else None
         self._scheduler = Scheduler(self._pages, slots, config.chunked_prefill_size, self._prefixes)
-        self.cache = QuantizedKVCache.init(
+        self.devices = devices = Devices(params, model, mesh)
+        self.cache: QuantizedKVCache = devices.new_cache(
             num_layers=model.num_layers,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
@@ -209,22 +217,23 @@ class Engine:
             share_pages=config.prefix_cache,
             counted=config.kv_counters or static_scales is not None,
         )
-        self._state = DecodeState.init(slots)
+        self._state: DecodeState = devices.put(DecodeState.init(slots))
         self.next_id = 0
         self._on_gpu = on_gpu = jax.devices()[0].platform == "gpu"
         self._prefill_rows = config.prefill_rows or (16 if on_gpu else 4)
         self._on_compile = on_compile
         self._compiler_options = compiler_options(activation_qtype(params))
         self._compiled: dict[str, Callable[..., Any]] = {}
-        self._prefill = jax.jit(
-            functools.partial(prefill, module.apply, self._eos_ids), donate_argnums=(1, 2)
+        apply = module.clone(parallel=devices.parallel).apply
+        self._prefill = devices.program(
+            functools.partial(prefill, apply, self._eos_ids), self.cache
         )
         self._decode = {
-            greedy: jax.jit(
+            greedy: devices.program(
                 functools.partial(
-                    decode, module.apply, self._eos_ids, config.decode_block, on_gpu, greedy
+                    decode, apply, self._eos_ids, config.decode_block, on_gpu, greedy
                 ),
-                donate_argnums=(1, 2),
+                self.cache,
             )
             for greedy in (False, True)
         }
@@ -336,7 +345,9 @@ class Engine:
             if not tasks:
                 break
             if scheduler.table_changed:
-                self.cache = self.cache.with_page_table(self._pages.table)
+                cache = self.cache.with_page_table(self._pages.table)
+                table = self.devices.put(cache.page_table)
+                self.cache = dataclasses.replace(cache, page_table=table)
                 scheduler.table_changed = False
             for task, token in self._run_prefill(length, tasks):
                 self._record(task, [token], finished, on_tokens)
@@ -392,7 +403,7 @@ class Engine:
         if task.slot is not None:
             active = np.array(self._state.active)
             active[task.slot] = False
-            self._state = dataclasses.replace(self._state, active=jnp.asarray(active))
+            self._state = dataclasses.replace(self._state, active=self.devices.put(active))
 
     def _run_prefill(self, length: int, tasks: list[Task]) -> list[tuple[Task, int]]:
         """One prefill pass; returns the tasks whose prompt is complete with their first token."""
@@ -449,14 +460,14 @@ class Engine:
         self, name: str, program: Any, argument: Any, tasks: list[Task]
     ) -> tuple[np.ndarray, float]:
         """Run a program on cache and state; returns its tokens and the seconds it took."""
-        arguments = (self.params, self.cache, self._state, argument)
+        arguments = (self.params, self.cache, self._state, self.devices.put(argument))
         if name not in self._compiled:
             if self._on_compile is not None:
                 self._on_compile(name)
             # Ahead of time, so that compiling is never counted as generating.
             start = time.perf_counter()
             lowered = program.lower(*arguments)
-            self._compiled[name] = lowered.compile(compiler_options=self._compiler_options)
+            self._compiled[name] = compile_lowered(lowered, self._compiler_options)
             self.stats.compile_seconds += time.perf_counter() - start
             self.stats.programs += 1
         start = time.perf_counter()

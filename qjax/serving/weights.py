@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from qjax._device import device_info, mosaic_gpu_unsupported_reason
-from qjax.models.fusion import fuse_layer
+from qjax.models.fusion import fuse_layer, left_apart
+from qjax.models.sharding import PerDevice
 from qjax.ops._dispatch import kernels_by_default
 from qjax.ops.packed import PackedWeight, pack_tree
 from qjax.quantize import is_quantized
+from qjax.serving.devices import mesh_of
 from qjax.typing import DType, Params
 
 
 def prepare_weights(
-    params: Params, dtype: DType, *, fuse: bool | None = None, pack: bool | None = None
+    params: Params,
+    dtype: DType,
+    *,
+    fuse: bool | None = None,
+    pack: bool | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Params, str]:
     """Join projections that read the same input, and pack what the GPU's kernels take.
 
     Layer by layer; the given dictionaries give up their kernels on the way, so that the model is
-    not in memory twice. For one device: joined and packed weights are not sharded.
+    not in memory twice. The result is for an engine on the same devices: over a mesh every device
+    joins and packs what it holds, and its heads lie in its own joined projection.
 
     Args:
       params: Parameters of a ``Decoder``, plain or quantized. Not to be used afterwards.
       dtype: Compute type of the model, which is that of the activations.
       fuse: Whether to join projections; None does on GPUs, where launches count.
       pack: Whether to pack for the Mosaic GPU kernels; None does where they run.
+      mesh: What the parameters are cut over; see ``Engine``.
 
     Returns:
       The parameters, and a line on what was done.
@@ -38,26 +51,42 @@ def prepare_weights(
     reason = mosaic_gpu_unsupported_reason()
     if reason is None and dtype not in (jnp.bfloat16, jnp.float16):
         reason = f"the kernels take 16-bit activations and the model computes in {dtype}"
-    if reason is None and not kernels_by_default():
+    if reason is None and not kernels_by_default() and mesh_of(params, mesh) is None:
         reason = "several devices, which XLA divides its own products between"
     pack = reason is None if pack is None else pack
     root = cast(dict[str, Any], params)
     model = root["model"]
     left: Counter[str] = Counter()
+
+    def prepare(layer: Params) -> Params:
+        layer = fuse_layer(layer) if fuse else layer
+        return pack_tree(layer) if pack else layer
+
+    pack_head: Callable[[Params], Params] = pack_tree
+    if mesh is not None:
+        pack_head, prepare = PerDevice(pack_tree, mesh), _KernelsPerDevice(prepare, mesh)
     for name in [name for name in model if name.startswith("layers_")]:
         layer = model.pop(name)
-        if fuse:
-            layer, notes = fuse_layer(layer)
-            left.update(notes)
-        model[name] = pack_tree(layer) if pack else layer
+        left.update(left_apart(layer) if fuse else ())
+        model[name] = prepare(layer) if fuse or pack else layer
     if pack and "lm_head" in root:
-        root["lm_head"] = pack_tree(root["lm_head"])
+        root["lm_head"] = pack_head(root["lm_head"])
     return params, _describe(params, fuse, reason if not pack else None, left)
 
 
-def _describe(params: Params, fuse: bool, reason: str | None, left: Counter[str]) -> str:
-    import jax
+class _KernelsPerDevice:
+    """A function of a layer, of which it changes kernels only, on what each device holds of it."""
 
+    def __init__(self, function: Callable[[Params], Params], mesh: Mesh) -> None:
+        self._function = PerDevice(function, mesh)
+
+    def __call__(self, layer: Params) -> Params:
+        flat = flatten_dict(layer)
+        kernels = {path: flat.pop(path) for path in list(flat) if path[-1] == "kernel"}
+        return unflatten_dict(flat | flatten_dict(self._function(unflatten_dict(kernels))))
+
+
+def _describe(params: Params, fuse: bool, reason: str | None, left: Counter[str]) -> str:
     leaves = jax.tree.leaves(
         params, is_leaf=lambda leaf: is_quantized(leaf) or isinstance(leaf, PackedWeight)
     )
