@@ -79,6 +79,17 @@ def test_packed_weights_give_the_same_logits() -> None:
     np.testing.assert_array_equal(_logits(module, params), expected)
 
 
+def test_gate_and_up_by_turns_give_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qjax.serving.weights._GATED_BY_DEFAULT", True)
+    module = Decoder(CONFIG, dtype=jnp.bfloat16)
+    fmt = qjax.INT4_G32
+    expected = _logits(module, prepare_weights(_params(CONFIG, fmt), jnp.bfloat16, fuse=True)[0])
+    params, _ = prepare_weights(_params(CONFIG, fmt), jnp.bfloat16, fuse=True, pack=True)
+    packed = params["model"]["layers_1"]["mlp"]["gate_up_proj"]["kernel"]
+    assert packed.alternating and packed.shape == (128, 256)
+    np.testing.assert_array_equal(_logits(module, params), expected)
+
+
 def test_nothing_happens_to_weights_on_a_cpu() -> None:
     if jax.devices()[0].platform != "cpu":
         pytest.skip("what a machine without an accelerator does")

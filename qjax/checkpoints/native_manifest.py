@@ -58,6 +58,8 @@ def describe(value: Any) -> dict[str, Any]:
             "scale_dtype": str(jnp.dtype(value.scale_dtype)),
             "compute": value.compute,
         }
+        if value.alternating:
+            entry["packing"]["alternating"] = True
     return entry
 
 
@@ -101,12 +103,14 @@ def _packed(
         scale_dtype=jnp.dtype(packing["scale_dtype"]),
         compute=str(packing["compute"]),
         dtype=jnp.dtype(dtype),
+        alternating=bool(packing.get("alternating", False)),
     )
 
     def again(packed: PackedWeight) -> PackedWeight:
         # Weights for 8-bit activations are packed in one way only.
         compute = packed.compute if fmt.activation is None else None
-        return pack_for_mosaic(packed.unpack(), compute=compute)
+        alternating = packed.alternating
+        return pack_for_mosaic(packed.unpack(), compute=compute, alternating=alternating)
 
     # Only a weight that comes from packing has this form: no other check is as complete.
     if jax.eval_shape(again, value) != value:

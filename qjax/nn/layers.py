@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from qjax.nn.parallel import reorder_inputs, sum_over_devices
 from qjax.ops.dot import quantized_dot
+from qjax.ops.gated import gated_dot
 from qjax.ops.norm import add_rms_norm, rms_norm
 from qjax.ops.packed import PackedWeight
 from qjax.quantized_array import QuantizedArray
@@ -35,6 +36,8 @@ class QuantDense(nn.Module):
       param_dtype: Dtype of freshly initialised parameters.
       init_std: Standard deviation of a freshly initialised kernel.
       keep_splits: Return ``(s, ..., out)``, to be summed over ``s``; see ``quantized_dot``.
+      gated: Return ``(..., out / 2)``: ``silu`` of the left half of the product times the right
+        half. For a product without bias, in ``dtype`` and without splits.
       backend: Passed to ``quantized_dot``.
       sum_over: Mesh axis of ``jax.shard_map`` among whose devices the inputs, and the rows of the
         kernel, are cut: the result is the sum over them, and the bias is added once.
@@ -48,6 +51,7 @@ class QuantDense(nn.Module):
     param_dtype: Any = jnp.float32
     init_std: float = 0.02
     keep_splits: bool = False
+    gated: bool = dataclasses.field(default=False, kw_only=True)
     backend: str | None = None
     sum_over: str | None = None
 
@@ -65,6 +69,10 @@ class QuantDense(nn.Module):
         if not isinstance(kernel, QuantizedArray | PackedWeight):
             kernel = kernel.astype(self.dtype)
         x = x.astype(self.dtype)
+        if self.gated:
+            if self.use_bias or self.keep_splits or self.out_dtype is not None:
+                raise ValueError("a gated product has no bias, no splits and no out_dtype")
+            return gated_dot(x, kernel, backend=self.backend)
         out_dtype = self.dtype if self.out_dtype is None else self.out_dtype
         if self.sum_over is not None and getattr(kernel, "perm", None) is not None:
             x, kernel = reorder_inputs(x, kernel, self.sum_over)
@@ -139,15 +147,16 @@ class GatedMLP(nn.Module):
             "backend": self.backend,
         }
         if self.has_variable("params", "gate_up_proj"):
-            joined = {**common, "use_bias": False}
-            both = QuantDense(2 * self.intermediate_size, name="gate_up_proj", **joined)(x)
-            gate, up = jnp.split(both, 2, axis=-1)
+            joined = {**common, "use_bias": False, "gated": not self.use_bias}
+            hidden = QuantDense(2 * self.intermediate_size, name="gate_up_proj", **joined)(x)
             if self.use_bias:
+                gate, up = jnp.split(hidden, 2, axis=-1)
                 gate, up = gate + self._bias("gate_proj"), up + self._bias("up_proj")
+                hidden = nn.silu(gate) * up
         else:
             gate = QuantDense(self.intermediate_size, name="gate_proj", **common)(x)
             up = QuantDense(self.intermediate_size, name="up_proj", **common)(x)
-        hidden = nn.silu(gate) * up
+            hidden = nn.silu(gate) * up
         down = QuantDense(
             x.shape[-1],
             init_std=self.out_init_std,

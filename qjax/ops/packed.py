@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles
 from qjax.pallas_kernels import _codes, _layout, weight_only, weight_only_large
 from qjax.pallas_kernels.tuned import tuned_config
-from qjax.quantize import is_quantized
+from qjax.quantize import is_quantized, path_string
 from qjax.quantized_array import QuantizedArray, packed_nbytes
 from qjax.typing import Array, DType, PyTree
 
@@ -35,7 +36,7 @@ _CHANNEL_GROUP = 128
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["words", "scales", "column", "perm", "act_scale"],
-    meta_fields=["fmt", "tiles", "scale_dtype", "compute", "dtype"],
+    meta_fields=["fmt", "tiles", "scale_dtype", "compute", "dtype", "alternating"],
 )
 @dataclasses.dataclass(frozen=True)
 class PackedWeight:
@@ -56,6 +57,8 @@ class PackedWeight:
       compute: Type in which groups are multiplied: ``"float16"`` or ``"bfloat16"``.
         Without groups weights are exact in both and the activations' type is used.
       dtype: Result type of ``dequantize``.
+      alternating: Tiles of 64 columns of the left half and of the right half take turns in
+        ``words``, ``scales`` and ``column``, for ``gated_dot``. The logical order is the usual one.
     """
 
     words: Array
@@ -68,6 +71,7 @@ class PackedWeight:
     scale_dtype: Any
     compute: str
     dtype: Any
+    alternating: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,6 +112,8 @@ class PackedWeight:
 
 @jax.jit
 def _unpack(w: PackedWeight) -> QuantizedArray:
+    if w.alternating:
+        return _unpack(_reordered(w, alternating=False))
     k, n = w.shape
     codes = _layout.unpack_words(w.words, _codes.CODES[w.kind].bits)
     tile_k, tile_n = w.tiles
@@ -149,7 +155,9 @@ def pack_unsupported_reason(w: QuantizedArray) -> str | None:
     )
 
 
-def pack_for_mosaic(w: QuantizedArray, *, compute: str | None = None) -> PackedWeight:
+def pack_for_mosaic(
+    w: QuantizedArray, *, compute: str | None = None, alternating: bool = False
+) -> PackedWeight:
     """Rearrange a quantized weight for the Mosaic GPU kernels.
 
     Args:
@@ -165,12 +173,14 @@ def pack_for_mosaic(w: QuantizedArray, *, compute: str | None = None) -> PackedW
         scaled per row by a power of two, which is exact but takes a kernel of its own. With
         bfloat16 weights are exact (the sums of groups are scaled instead); float16 activations do
         not meet such weights. None takes float16 if that is ``w.dtype``, else bfloat16.
+      alternating: The weight is gate and up side by side, for ``gated_dot``.
 
     Returns:
       The packed weight, of the same logical shape.
 
     Raises:
-      ValueError: If ``compute`` is unknown.
+      ValueError: If ``compute`` is unknown, or a weight for 8-bit activations or of which ``n`` is
+        no multiple of 128 should alternate.
       NotImplementedError: If there is no kernel for the weight; says why.
     """
     if compute is None:
@@ -180,9 +190,33 @@ def pack_for_mosaic(w: QuantizedArray, *, compute: str | None = None) -> PackedW
     reason = pack_unsupported_reason(w)
     if reason is not None:
         raise NotImplementedError(f"pack_for_mosaic: no kernel for {reason}")
+    if alternating and not can_alternate(w):
+        raise ValueError(
+            f"a weight {w.shape} of {w.fmt.name} cannot alternate: its columns must be a multiple "
+            f"of {2 * _layout.BLOCK_N} and its activations 16-bit; use alternating=False"
+        )
     if w.fmt.activation is not None:
         return _w8a8().pack(w)
-    return pack_for_registers(w, compute)
+    packed = pack_for_registers(w, compute)
+    return _reordered(packed, alternating=True) if alternating else packed
+
+
+def can_alternate(w: QuantizedArray) -> bool:
+    """Whether ``pack_for_mosaic`` takes ``alternating`` for a weight that it can pack."""
+    return w.fmt.activation is None and w.shape[1] % (2 * _layout.BLOCK_N) == 0
+
+
+@functools.partial(jax.jit, static_argnames="alternating")
+def _reordered(w: PackedWeight, *, alternating: bool) -> PackedWeight:
+    """With tiles of columns in the other order."""
+    move = functools.partial(_layout.swap_halves, alternate=alternating)
+    return dataclasses.replace(
+        w,
+        words=move(w.words, axis=1),
+        scales=None if w.scales is None else move(w.scales, tile=_layout.BLOCK_N),
+        column=move(w.column, tile=_layout.BLOCK_N),
+        alternating=alternating,
+    )
 
 
 def _w8a8() -> Any:
@@ -238,23 +272,26 @@ def _group_size(w: QuantizedArray) -> int | None:
     return None if w.zero_point is None else _CHANNEL_GROUP
 
 
-def pack_tree(params: PyTree, *, compute: str | None = None) -> PyTree:
+def pack_tree(params: PyTree, *, compute: str | None = None, gated: Collection[str] = ()) -> PyTree:
     """Pack every ``QuantizedArray`` of a tree for which there is a kernel.
 
     Args:
       params: A parameter tree.
       compute: As for ``pack_for_mosaic``.
+      gated: Names of modules whose weights are gate and up side by side, for ``gated_dot``.
 
     Returns:
       The tree with ``PackedWeight`` leaves; other leaves are the same objects.
     """
 
-    def pack(leaf: Any) -> Any:
+    def pack(path: Any, leaf: Any) -> Any:
         if not is_quantized(leaf) or pack_unsupported_reason(leaf) is not None:
             return leaf
-        return pack_for_mosaic(leaf, compute=compute)
+        names = path_string(path).split("/")
+        alternating = can_alternate(leaf) and any(name in gated for name in names)
+        return pack_for_mosaic(leaf, compute=compute, alternating=alternating)
 
-    return jax.tree_util.tree_map(pack, params, is_leaf=is_quantized)
+    return jax.tree_util.tree_map_with_path(pack, params, is_leaf=is_quantized)
 
 
 def unpack_tree(params: PyTree) -> PyTree:
@@ -356,6 +393,7 @@ def packed_dot(
     out_dtype: DType | None = None,
     config: Any = None,
     keep_splits: bool = False,
+    gated: bool = False,
     interpret: bool = False,
 ) -> Array:
     """``x @ w`` by the kernel; ``quantized_dot`` is the function that chooses.
@@ -367,10 +405,13 @@ def packed_dot(
       config: How the kernel cuts up the work, a ``Config`` of one of the modules of
         ``packed_kernels``, which is the one to run; ``packed_config`` by default.
       keep_splits: See ``quantized_dot``.
+      gated: ``silu`` of the left half of the result times the right half, of both rounded to
+        ``out_dtype``. For an alternating weight, with a config of ``gated.gated_config``.
       interpret: Run in the Pallas interpreter.
 
     Returns:
-      ``(..., n)`` in ``out_dtype``; with ``keep_splits`` see ``quantized_dot``.
+      ``(..., n)`` in ``out_dtype``, or ``(..., n / 2)`` if gated; with ``keep_splits`` see
+      ``quantized_dot``.
 
     Raises:
       NotImplementedError: If the kernel cannot run; the message says why.
@@ -392,6 +433,7 @@ def packed_dot(
         flat, row_scale = _to_float16(flat)
     large = isinstance(config, weight_only_large.Config)
     kernel: Any = weight_only_large if large else weight_only
+    options = {"gated": True} if gated else {}
     out = kernel.matmul(
         flat,
         w.words,
@@ -403,8 +445,11 @@ def packed_dot(
         out_dtype=out_dtype,
         keep_splits=keep_splits,
         interpret=interpret,
+        **options,
     )
-    return out.reshape(*out.shape[:-2], *x.shape[:-1], w.shape[1])
+    if w.alternating and not gated:
+        out = _layout.swap_halves(out, tile=_layout.BLOCK_N, alternate=False)
+    return out.reshape(*out.shape[:-2], *x.shape[:-1], out.shape[-1])
 
 
 def _to_float16(x: Array) -> tuple[Array, Array]:

@@ -27,7 +27,7 @@ from qjax.typing import Array, DType
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["words", "scales", "column", "perm", "act_scale"],
-    meta_fields=["fmt", "tiles", "scale_dtype", "compute", "dtype"],
+    meta_fields=["fmt", "tiles", "scale_dtype", "compute", "dtype", "alternating"],
 )
 @dataclasses.dataclass(frozen=True)
 class PackedW8A8(PackedWeight):

@@ -122,3 +122,21 @@ def unpack_words(words: Array, bits: int) -> Array:
     order = [axes.index(name) for name in _AXES[bits] + _N_AXES]
     tiles = codes.astype(jnp.uint8).reshape(_extents(bits, axes, k, n)).transpose(order)
     return tiles.reshape(k, n)
+
+
+def swap_halves(x: Array, axis: int = -1, *, tile: int = 1, alternate: bool) -> Array:
+    """Let the tiles of an axis's left half and of its right half take turns, or undo that.
+
+    Args:
+      x: Of which ``axis`` is a multiple of ``2 * tile`` long.
+      axis: The axis.
+      tile: Elements that stay together.
+      alternate: False for the inverse.
+
+    Returns:
+      Like ``x``.
+    """
+    axis %= x.ndim
+    sizes = (2, -1, tile) if alternate else (-1, 2, tile)
+    apart = x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+    return jnp.swapaxes(apart, axis, axis + 1).reshape(x.shape)

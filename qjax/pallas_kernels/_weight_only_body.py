@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 from qjax.pallas_kernels import _codes, _layout, _unpack
 from qjax.pallas_kernels._once import lowered_once
+from qjax.pallas_kernels._weight_only_store import all_rows, scale_sums, store, store_gated
 from qjax.pallas_kernels.weight_only import _MEMORY_REGISTERS, Config, concurrent_groups
 from qjax.typing import Array
 
@@ -23,7 +24,7 @@ plgpu: Any = mosaic_gpu
 _BLOCK_N, _BLOCK_K = _layout.BLOCK_N, _layout.BLOCK_K
 
 
-@lowered_once("rows", "kind", "config", "out_dtype", "interpret")
+@lowered_once("rows", "kind", "config", "out_dtype", "gated", "interpret")
 def call(
     x: Array,
     words: Array,
@@ -35,6 +36,7 @@ def call(
     kind: str,
     config: Config,
     out_dtype: Any,
+    gated: bool,
     interpret: bool,
 ) -> Array:
     """Run the kernel; arguments as in ``weight_only.matmul``.
@@ -45,8 +47,8 @@ def call(
         arguments: see there.)
 
     Returns:
-      ``(m, n)`` in ``out_dtype``, or with ``config.splits > 1`` float32 partial sums
-      ``(splits, m, n)``.
+      ``(m, n)`` in ``out_dtype``, or ``(m, n / 2)`` if gated, or with ``config.splits > 1`` float32
+      partial sums ``(splits, m, n)``.
     """
     m, k = x.shape
     n = words.shape[1] * _BLOCK_N
@@ -60,7 +62,7 @@ def call(
     if splits > 1:
         out_type = jax.ShapeDtypeStruct((splits, m, n), jnp.float32)
     else:
-        out_type = jax.ShapeDtypeStruct((m, n), out_dtype)
+        out_type = jax.ShapeDtypeStruct((m, n // 2 if gated else n), out_dtype)
     operands = {"words": words, "column": column, "x": x, "scales": scales, "row_scale": row_scale}
     operands = {name: value for name, value in operands.items() if value is not None}
 
@@ -91,7 +93,9 @@ def call(
                 # Unpacking leaves a constant power of two: 16-bit floats have no room for it.
                 _, rest = _codes.constant_multiplier(kind, compute.name)
                 acc = acc * jnp.float32(2.0**-rest)
-            store(acc, gmem, scratch["out_smem"].at[warpgroup], warpgroup, config, out_type.dtype)
+            acc = scale_sums(acc, gmem, warpgroup, config)
+            finish_tile = store_gated if gated else store
+            finish_tile(acc.astype(out_type.dtype), gmem["out"], scratch, warpgroup, config)
 
         @pl.when(warpgroup == warpgroups)
         def _memory() -> None:
@@ -136,6 +140,8 @@ def call(
         "ready": plgpu.Barrier(num_arrivals=3 if groups else 2, num_barriers=stages),
         "consumed": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
+    if gated:
+        scratch_types["paired"] = plgpu.Barrier(num_arrivals=1, num_barriers=warpgroups // 2)
     if groups:
         stored = _codes.stored_dtype(compute.name)
         scratch_types["scales_smem"] = plgpu.SMEM((stages, groups, parts, columns), stored)
@@ -157,15 +163,6 @@ def call(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     return run(*operands.values())
-
-
-def all_rows(index: Array, rows: int) -> Any:
-    """Rows 0 to ``rows``, which may be more than there are.
-
-    The start is not known at compile time to be zero, so nothing but TMA compares it with the
-    number of rows.
-    """
-    return pl.ds(pl.multiple_of(lax.min(index, jnp.int32(0)), 8), rows)
 
 
 def transforms(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:
@@ -374,26 +371,3 @@ def _accumulate_groups(
     slot = jnp.int32((steps - 1) % config.stages)
     parts, _ = sums(weights, slot, 0, functools.partial(finish, scratch, slot, interpret))
     return add(total, parts, scales)
-
-
-def store(
-    acc: Array, gmem: dict[str, Any], out_smem: Any, warpgroup: Array, config: Config, dtype: Any
-) -> None:
-    """Scale, transpose and copy one warpgroup's ``(64, rows)`` to the output."""
-    feature = (lax.axis_index("n") * config.warpgroups + warpgroup) * _BLOCK_N
-    features = pl.ds(feature, _BLOCK_N)
-    layout = plgpu.Layout.WGMMA
-    if "column" in gmem:
-        column = plgpu.load(gmem["column"].at[features], layout=layout.reduce(1), optimized=False)
-        acc = acc * lax.broadcast_in_dim(column, acc.shape, [0])
-    if "row_scale" in gmem:
-        row = plgpu.load(gmem["row_scale"], layout=layout.reduce(0), optimized=False)
-        acc = acc * lax.broadcast_in_dim(row, acc.shape, [1])
-    out_smem.T[...] = plgpu.layout_cast(acc.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-    plgpu.commit_smem()
-    out = gmem["out"]
-    if config.splits > 1:
-        out = out.at[lax.axis_index("split")]
-    rows = all_rows(lax.axis_index("n"), acc.shape[1])
-    plgpu.copy_smem_to_gmem(out_smem, out.at[rows, features])
-    plgpu.wait_smem_to_gmem(0)

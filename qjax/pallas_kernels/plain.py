@@ -144,6 +144,7 @@ def _call(
     from jax.experimental.pallas import mosaic_gpu
 
     from qjax.pallas_kernels import _weight_only_body as body
+    from qjax.pallas_kernels import _weight_only_store as ending
 
     plgpu: Any = mosaic_gpu
     (m, k), n = x.shape, weight.shape[1]
@@ -160,15 +161,8 @@ def _call(
 
         @pl.when(warpgroup < warpgroups)
         def _compute() -> None:
-            acc = accumulate(scratch, warpgroup)
-            body.store(
-                acc,
-                {"out": out},
-                scratch["out_smem"].at[warpgroup],
-                warpgroup,
-                config,
-                out_type.dtype,
-            )
+            total = accumulate(scratch, warpgroup).astype(out_type.dtype)
+            ending.store(total, out, scratch, warpgroup, config)
 
         @pl.when(warpgroup == warpgroups)
         def _memory() -> None:
@@ -188,7 +182,7 @@ def _call(
                         ready.at[slot],
                     )
                 plgpu.copy_gmem_to_smem(
-                    x.at[body.all_rows(i, rows), along_k],
+                    x.at[ending.all_rows(i, rows), along_k],
                     scratch["x_smem"].at[slot],
                     ready.at[slot],
                 )

@@ -107,6 +107,7 @@ class Problem:
       zero_point: Whether there are stored offsets.
       compute: Type of the activations as the kernel gets them.
       out_itemsize: Bytes of one output.
+      gated: Whether the outputs are products ``silu(gate) * up`` of alternate tiles of columns.
     """
 
     m: int
@@ -117,6 +118,7 @@ class Problem:
     zero_point: bool = False
     compute: str = "float16"
     out_itemsize: int = 2
+    gated: bool = False
 
     @property
     def rows(self) -> int:
@@ -156,6 +158,10 @@ def unsupported_reason(p: Problem) -> str | None:
         return f"m={p.m} rows; this kernel is for 1 to {MAX_ROWS}"
     if p.compute not in _codes.COMPUTE_DTYPES:
         return f"{p.compute} activations; the kernel takes float16 and bfloat16"
+    if p.gated and p.n % (2 * _layout.BLOCK_N):
+        return f"n={p.n} columns of gate and up are no multiple of {2 * _layout.BLOCK_N}"
+    if p.gated and _max_warpgroups(p) < 2:
+        return f"a gated product of {p.rows} rows and groups of {p.group_size} lacks registers"
     return None
 
 
@@ -180,6 +186,8 @@ def config_unsupported_reason(config: Config, p: Problem) -> str | None:
         return f"n={p.n} is no multiple of {config.warpgroups} * {_layout.BLOCK_N}"
     if p.k % (config.splits * _layout.BLOCK_K):
         return f"k={p.k} cannot be cut into {config.splits} multiples of {_layout.BLOCK_K}"
+    if p.gated and (config.warpgroups % 2 or config.splits > 1):
+        return "a gated product needs an even number of warpgroups and one split"
     steps = p.k // config.splits // _layout.BLOCK_K
     if config.pipelined and steps % 2:
         return f"pipelined needs an even number of steps, not {steps}"
@@ -241,6 +249,7 @@ def heuristic_config(p: Problem) -> Config:
         for warpgroups in range(1, _max_warpgroups(p) + 1)
         for splits in range(1, 17)
         if tiles % warpgroups == 0
+        and not (p.gated and (warpgroups % 2 or splits > 1))
         and steps % splits == 0
         and (splits == 1 or steps // splits >= 8 and tiles // warpgroups * splits <= SM_COUNT)
     ]
@@ -283,6 +292,7 @@ def matmul(
     config: Config | None = None,
     out_dtype: DType = jnp.bfloat16,
     keep_splits: bool = False,
+    gated: bool = False,
     interpret: bool = False,
 ) -> Array:
     """``x @ weight`` for a packed weight.
@@ -299,11 +309,13 @@ def matmul(
       config: How the work is cut up; ``heuristic_config`` by default.
       out_dtype: Result type: float32, bfloat16 or float16.
       keep_splits: Leave the partial sums of the splits to the caller.
+      gated: Tiles of 64 columns belong alternately to ``gate`` and ``up``; the result is
+        ``silu(gate) * up``, of both rounded to ``out_dtype``. ``n`` is a multiple of 128.
       interpret: Run in the Pallas interpreter, on any device.
 
     Returns:
-      ``(m, n)`` in ``out_dtype``. With ``keep_splits``, ``(1, m, n)`` of it, or the float32 partial
-      sums ``(splits, m, n)``.
+      ``(m, n)`` in ``out_dtype``, or ``(m, n / 2)`` if gated. With ``keep_splits``,
+      ``(1, m, n)`` of it, or the float32 partial sums ``(splits, m, n)``.
 
     Raises:
       NotImplementedError: If the kernel or the config does not support the problem; says why.
@@ -319,6 +331,7 @@ def matmul(
         zero_point=scales is not None and scales.shape[1] == 2,
         compute=x.dtype.name,
         out_itemsize=jnp.dtype(out_dtype).itemsize,
+        gated=gated,
     )
     reason = unsupported_reason(problem)
     if reason is None:
@@ -346,6 +359,7 @@ def matmul(
         kind=kind,
         config=config,
         out_dtype=jnp.dtype(out_dtype),
+        gated=gated,
         interpret=interpret,
     )
     if keep_splits:

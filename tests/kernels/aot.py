@@ -80,7 +80,9 @@ def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
 
     def product(arguments: dict[str, Any]) -> Any:
         out_dtype = jnp.float32 if p.out_itemsize == 4 else jnp.bfloat16
-        return weight_only.matmul(**arguments, kind=p.kind, config=config, out_dtype=out_dtype)
+        return weight_only.matmul(
+            **arguments, kind=p.kind, config=config, out_dtype=out_dtype, gated=p.gated
+        )
 
     return compile_program(product, arguments)
 

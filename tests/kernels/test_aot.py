@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
-from qjax.pallas_kernels.weight_only import Config, Problem, smem_bytes
+from qjax.pallas_kernels.weight_only import Config, Problem, heuristic_config, smem_bytes
 from tests.kernels.problems import WEIGHTS, shipped
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -73,6 +73,18 @@ def test_one_config_of_every_kind_of_weight() -> None:
     problems = []
     for weight in WEIGHTS:
         problems.append(max(shipped([weight], rows=(64,)), key=lambda pair: pair[1].warpgroups))
+    assert not _compile(problems)
+
+
+def test_gated_products() -> None:
+    problems = []
+    for rows in (8, 64):
+        for weight in [
+            ("int4", 128, False, "bfloat16"),
+            ("float8_e4m3fn", None, False, "bfloat16"),
+        ]:
+            problem = Problem(rows, 4096, 28672, *weight, gated=True)
+            problems.append((problem, heuristic_config(problem)))
     assert not _compile(problems)
 
 

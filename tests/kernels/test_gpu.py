@@ -12,6 +12,7 @@ import pytest
 import qjax
 from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.formats import QuantFormat
+from qjax.ops.gated import gated_config, gated_dot
 from qjax.ops.packed import pack_for_mosaic, packed_dot
 from qjax.pallas_kernels.weight_only import Config
 from tests import tolerances
@@ -152,3 +153,22 @@ def test_inside_a_loop(rng: np.random.Generator) -> None:
     first = chain(x, w)
     assert np.isfinite(np.asarray(first, np.float64)).all()
     assert (first == chain(x, w)).all()
+
+
+@pytest.mark.parametrize("m", [1, 16, 64])
+@pytest.mark.parametrize(
+    "name", ["int4_g128_bf16", "int4_g32_asym", "int8_channel", "e4m3_channel"]
+)
+def test_gated(name: str, m: int, rng: np.random.Generator) -> None:
+    fmt, compute, _ = WEIGHTS[name]
+    x, w = _operands(rng, m, 1024, 33 * 256, fmt, compute, "bfloat16")
+    # Of a size where silu is neither its argument nor zero.
+    x = x / (32 * jnp.abs(x).max(axis=1, keepdims=True).astype(x.dtype))
+    w = pack_for_mosaic(w.unpack(), compute=compute, alternating=True)
+    assert gated_config(x, w) is not None
+    both = packed_dot(x, w)
+    gate, up = np.split(np.asarray(both, np.float64), 2, axis=1)
+    wanted = gate / (1 + np.exp(-gate)) * up
+    out = jax.jit(gated_dot)(x, w)
+    np.testing.assert_allclose(np.asarray(out, np.float64), wanted, tolerances.BF16_ELEMENT, 1e-38)
+    assert (out == jax.jit(gated_dot)(x, w)).all()

@@ -120,3 +120,26 @@ def test_zero_infinite_and_nan_rows(rng: np.random.Generator) -> None:
     assert (out[0] == 0).all()
     assert not np.isfinite(out[1:3]).any()
     assert np.isfinite(out[3]).all()
+
+
+GATED = {
+    "int4_g128": Case(qjax.INT4_G128, 3, 512, 256, Config(2, 2, 1, True), 0.0, compute="bfloat16"),
+    "int8": Case(qjax.INT8_CHANNEL, 9, 256, 256, Config(2, 2), 0.0),
+    "int4_g32_asym": Case(qjax.INT4_G32_ASYM, 2, 256, 128, Config(2, 2), 0.0, perm=True),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_products(name: str, rng: np.random.Generator) -> None:
+    case = GATED[name]
+    x, w = _operands(case, rng)
+    x = x / jnp.abs(x).max(axis=1, keepdims=True).astype(x.dtype)
+    w = pack_for_mosaic(w.unpack(), compute=case.compute, alternating=True)
+    out = packed_dot(x, w, config=case.config, gated=True, interpret=True)
+    both = packed_dot(x, w, config=case.config, interpret=True)
+    gate, up = np.split(np.asarray(both, np.float64), 2, axis=1)
+    assert out.dtype == x.dtype
+    wanted = gate / (1 + np.exp(-gate)) * up
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64), wanted, tolerances.BF16_ELEMENT, atol=1e-38
+    )

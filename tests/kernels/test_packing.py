@@ -90,6 +90,30 @@ def test_inverse_is_exact(name: str, compute: str, rng: np.random.Generator) -> 
     _assert_equal(packed.unpack(), q)
 
 
+@pytest.mark.parametrize("name", ["int4_g32_asym", "int8_channel", "e4m3_block128"])
+def test_halves_by_turns(name: str, rng: np.random.Generator) -> None:
+    q = qjax.quantize(_weight(rng, FORMATS[name], (128, 384)), FORMATS[name])
+    plain, packed = (pack_for_mosaic(q, alternating=yes) for yes in (False, True))
+    _assert_equal(packed.unpack(), plain.unpack())
+    for tile, wanted in enumerate([0, 3, 1, 4, 2, 5]):
+        np.testing.assert_array_equal(packed.words[:, tile], plain.words[:, wanted])
+        here, there = (slice(64 * i, 64 * i + 64) for i in (tile, wanted))
+        np.testing.assert_array_equal(packed.column[here], plain.column[there])
+        if packed.scales is not None and plain.scales is not None:
+            np.testing.assert_array_equal(packed.scales[..., here], plain.scales[..., there])
+
+
+def test_what_cannot_alternate_says_why(rng: np.random.Generator) -> None:
+    narrow = qjax.quantize(_weight(rng, qjax.INT8_CHANNEL, (128, 192)), qjax.INT8_CHANNEL)
+    with pytest.raises(ValueError, match=r"\(128, 192\) .* cannot alternate: .* multiple of 128"):
+        pack_for_mosaic(narrow, alternating=True)
+    wide = qjax.quantize(_weight(rng, qjax.INT8_CHANNEL, (128, 256)), qjax.INT8_CHANNEL)
+    tree = {"mlp": {"gate_up_proj": {"kernel": narrow}, "down_proj": {"kernel": wide}}}
+    packed = pack_tree(tree, gated=["gate_up_proj", "down_proj"])["mlp"]
+    assert not packed["gate_up_proj"]["kernel"].alternating
+    assert packed["down_proj"]["kernel"].alternating
+
+
 def test_float32_scales_are_rounded_once(rng: np.random.Generator) -> None:
     q = qjax.quantize(_weight(rng, qjax.INT4_G32_ASYM, (256, 64)), qjax.INT4_G32_ASYM)
     once = pack_for_mosaic(q, compute="float16").unpack()

@@ -1,0 +1,74 @@
+"""``gated_dot``: the first half of a gated MLP."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from qjax.ops._dispatch import choose_backend
+from qjax.ops.dot import quantized_dot
+from qjax.ops.packed import (
+    PackedWeight,
+    packed_config,
+    packed_dot,
+    packed_problem,
+    packed_unsupported_reason,
+)
+from qjax.pallas_kernels import weight_only
+from qjax.quantized_array import QuantizedArray
+from qjax.typing import Array
+
+
+def gated_dot(
+    x: Array, w: Array | QuantizedArray | PackedWeight, *, backend: str | None = None
+) -> Array:
+    """``silu(x @ gate) * (x @ up)`` for gate and up side by side in one weight.
+
+    Both products are rounded to the type of ``x`` before the rest. For few rows and a weight packed
+    with ``alternating=True`` one kernel does it all, which spares their way through memory.
+
+    Args:
+      x: Activations ``(..., k)``, float32, bfloat16 or float16.
+      w: Weight ``(k, 2 * f)``, gate left and up right, plain, quantized or packed.
+      backend: As for ``quantized_dot``.
+
+    Returns:
+      ``(..., f)`` in ``x.dtype``.
+
+    Raises:
+      ValueError, NotImplementedError: As ``quantized_dot``.
+
+    References:
+      SwiGLU: Shazeer, GLU variants improve transformer (arXiv:2002.05202).
+    """
+    if isinstance(w, PackedWeight) and w.alternating and x.shape[-1] == w.shape[0]:
+        chosen = choose_backend("gated_dot", backend, packed_unsupported_reason(x, w))
+        if chosen == "mosaic_gpu" and (config := gated_config(x, w)) is not None:
+            return packed_dot(x, w, config=config, gated=True)
+    gate, up = jnp.split(quantized_dot(x, w, backend=backend), 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def gated_config(x: Array, w: PackedWeight) -> weight_only.Config | None:
+    """The config of ``gated_dot`` by one kernel; None where two are needed, or better.
+
+    Args:
+      x: Activations that the kernels take.
+      w: Packed weight.
+    """
+    if not w.alternating:
+        return None
+    problem = dataclasses.replace(packed_problem(x, w), gated=True)
+    config, _ = packed_config(x, w)
+    if (
+        weight_only.unsupported_reason(problem) is not None
+        or not isinstance(config, weight_only.Config)
+        or config.splits > 1
+    ):
+        # Sums of splits must be added before they are gated; many rows have another kernel.
+        return None
+    if weight_only.config_unsupported_reason(config, problem) is None:
+        return config
+    return weight_only.heuristic_config(problem)
