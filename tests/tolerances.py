@@ -17,12 +17,20 @@ the sum after each step of 16, all in one direction, for 400 steps (k of 6,400 i
 BF16_OUTPUT = 2.5e-3
 """One rounding of the result to bfloat16: uniform in +-2**-9 relative, 1.65e-3 mean square."""
 
+BF16_ELEMENT = 1.01 * 2.0**-8
+"""Every element of a bfloat16 result by itself: rounded once from an exact float32 value."""
+
 BF16_OPERANDS = 5e-3
 """Operands rounded to bfloat16 (1.65e-3 each) and the result as well."""
 
 ATTENTION_BF16 = 4e-3
 """Exact operands; probabilities and result rounded to bfloat16 once each: 1.65e-3 * sqrt(2), with
 room for one peaked row, where the errors of the probabilities do not average out."""
+
+KEY_BIAS_TF32 = 8e-6
+"""Largest error over largest sum, of 384 products of parts of 11 bits: what is left out and what
+tensor cores cut off after each step of 8 of the large terms, 2**-23 each, for 16 steps, with as
+much again for terms larger than their sum."""
 
 ATTENTION_F16 = 5e-4
 """The same in float16: three mantissa bits more."""
