@@ -83,6 +83,11 @@ def report() -> list[str]:
     reason = mosaic_gpu_unsupported_reason(info)
     lines += ["", "Pallas Mosaic GPU kernels"]
     lines.append("  this device can run them" if reason is None else f"  not here: {reason}")
+    if reason is None and info.count > 1:
+        lines += [
+            "  with several devices they run in serve.py, on one or on --tp-size N, and under",
+            "  jax.shard_map; elsewhere XLA's form is the default, which it can divide",
+        ]
     return lines
 
 

@@ -17,11 +17,22 @@ from qjax.assets import bundled_model_path
 from qjax.calibrate.cached import calibrated_folder, default_cache, parse_calibration
 from qjax.checkpoints.hf import resolve_folder
 from qjax.formats import FORMATS, parse_format
-from qjax.kv_format import parse_kv_format
 from qjax.models.config import ModelConfig
 from qjax.serving import Engine
-from qjax.serving.build import ModelChoices, build_engine, engine_config
-from qjax.serving.http_flags import check_flags, run_server, sampling_defaults, take_address
+from qjax.serving.build import (
+    ModelChoices,
+    build_engine,
+    check_devices,
+    engine_config,
+    static_kv_dtype,
+)
+from qjax.serving.http_flags import (
+    add_flags,
+    check_flags,
+    run_server,
+    sampling_defaults,
+    take_address,
+)
 from qjax.serving.kv_scales import (
     PLAIN_EXPORT_DTYPE,
     check_export,
@@ -32,10 +43,10 @@ from qjax.serving.kv_scales import (
 )
 from qjax.serving.offline import Job, prepare, run
 from qjax.serving.printer import Printer
-from qjax.serving.prompts import Prompt, read_prompts
+from qjax.serving.prompts import gather_prompts
 from qjax.serving.report import Summary
 from qjax.serving.results import Result, ResultFile, checkpoint_fingerprint, fingerprint
-from qjax.serving.settings import PRESETS, context_length
+from qjax.serving.settings import PRESETS, context_length, presets_help
 from qjax.tokenizer import Tokenizer
 
 KV_TYPES = ("auto", "bf16", "fp8_e5m2", "fp8_e4m3", "int8", "int4")
@@ -57,6 +68,8 @@ examples
   Sampled answers of a chat model, the MLP output projections unquantized:
     python scripts/serve.py --model DIR --chat --prompt "Why is the sky blue?" \\
       --quantization int8 --skip-layers '.*/down_proj/kernel' --temperature 0.7 --top-p 0.9
+  A model that is too large for one GPU, over four:
+    python scripts/serve.py --model DIR --quantization fp8 --tp-size 4 --prompts prompts.jsonl
   OpenAI's API on port 30000 (needs pip install 'qjax[server]'):
     python scripts/serve.py --model DIR --quantization fp8 --port 30000
 
@@ -83,14 +96,9 @@ run with the same shapes skips it.
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    presets = "\n".join(
-        f"  {name:<11} --quantization {p.quantization} --kv-cache-dtype {p.kv_cache_dtype}\n"
-        f"  {'':<11} {p.purpose}"
-        for name, p in PRESETS.items()
-    )
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=EPILOG.format(presets=presets),
+        epilog=EPILOG.format(presets=presets_help()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("model").add_argument
@@ -128,6 +136,16 @@ def build_parser() -> argparse.ArgumentParser:
         "lm_head always is",
     )
     add("--dtype", choices=DTYPES, default="auto", help="compute type (default: the checkpoint's)")
+    add(
+        "--tp-size",
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs to cut every layer over: each holds about 1/N of weights and KV cache and reads "
+        "its part for every token; they add up twice per layer. N must divide the KV heads and cut "
+        "no quantization groups (default: 1, the first GPU)",
+    )
 
     add = parser.add_argument_group("KV cache").add_argument
     add(
@@ -233,35 +251,12 @@ def build_parser() -> argparse.ArgumentParser:
         "changes no result; it saves memory page by page, and time in whole prefill chunks",
     )
 
-    add = parser.add_argument_group("HTTP server").add_argument
-    add("--port", type=int, metavar="PORT", help="serve here (0: any free port); see below")
-    add("--host", metavar="ADDRESS", help="address to serve at (default: 127.0.0.1)")
-    add("--served-model-name", metavar="NAME", help="name in the API (default: the model's path)")
-    add("--api-key", metavar="KEY", help="what clients must send as bearer token (default: none)")
-
+    add_flags(parser)
     add = parser.add_argument_group("other").add_argument
     add("--info", action="store_true", help="print what this device runs natively, and exit")
     add("--quiet", action="store_true", help="no progress bar and no summary")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
-    """Prompts of the command line, then those of the file."""
-    prompts = [Prompt(f"--prompt {i}", text) for i, text in enumerate(args.prompt, 1)]
-    if args.prompts is not None:
-        prompts += read_prompts(args.prompts)
-    if not prompts:
-        raise ValueError("there is no prompt; give --prompt TEXT or --prompts FILE")
-    return prompts
-
-
-def static_kv_dtype(choices: ModelChoices) -> str | None:
-    """Type to calibrate static KV cache scales for, if they are asked for."""
-    if choices.kv_scale_mode != "static":
-        return None
-    chosen = parse_kv_format(choices.kv_cache_dtype, mode="static", model_dtype="bfloat16")
-    return chosen.dtype if chosen.quantized else None
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -290,10 +285,16 @@ def generate(args: argparse.Namespace) -> None:
             kv_dtype=args.kv_cache_dtype,
             static=args.kv_scale_mode == "static" or args.quantization_param_path is not None,
         )
-    prompts = gather_prompts(args) if args.port is None else []
+    prompts = gather_prompts(args.prompt, args.prompts) if args.port is None else []
     defaults = sampling_defaults(args)
     folder = resolve_folder(args.model or bundled_model_path())
     model_config = ModelConfig.from_hf(folder)
+    check_devices(
+        model_config,
+        args.tp_size,
+        args.quantization if calibration is None else calibration[1],
+        args.skip_layers,
+    )
     kv_scales = None
     if args.quantization_param_path is not None:
         kv_scales = scales_for_run(
@@ -323,7 +324,7 @@ def generate(args: argparse.Namespace) -> None:
             args.quantization,
             text=args.calibration_data,
             skip=choices.skip_layers,
-            kv_dtype=static_kv_dtype(choices) if kv_scales is None else None,
+            kv_dtype=static_kv_dtype(choices, kv_scales),
             cache=args.calibration_cache,
             say=lambda line: note(args, line),
             progress=not args.quiet,

@@ -153,7 +153,7 @@ def load_model(
     tokenizer = load_tokenizer(folder)
     compute_dtype = _compute_dtype(config, dtype)
     if mesh is not None:
-        _check_mesh(leaves, formats, config, mesh.shape[axis])
+        _check_cuts(leaves, formats, config, mesh.shape[axis])
         place = placer(config, mesh, axis)
     elif place is None:
         place = _keep
@@ -245,7 +245,26 @@ def _compute_dtype(config: ModelConfig, dtype: Any) -> Any:
     return jnp.dtype(name)
 
 
-def _check_mesh(
+def check_cuts(
+    config: ModelConfig, devices: int, quantization: QuantFormat | None, skip: str | None
+) -> None:
+    """Raise what ``load_model`` over so many devices would raise about layers that it quantizes.
+
+    Args:
+      config: The model.
+      devices: Size of the mesh axis.
+      quantization: As of ``load_model``.
+      skip: As of ``load_model``.
+
+    Raises:
+      ValueError: If a layer cannot be cut, or a shard would cut a group.
+    """
+    leaves = model_leaves(config)
+    formats = _choose_formats(leaves, None, quantization, skip, None)
+    _check_cuts(leaves, formats, config, devices)
+
+
+def _check_cuts(
     leaves: tuple[Leaf, ...],
     formats: Mapping[str, QuantFormat | None],
     config: ModelConfig,

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import jax
 
-from qjax.checkpoints.hf import load_model
+from qjax.checkpoints.hf import check_cuts, load_model
 from qjax.checkpoints.reader import KVScales
 from qjax.formats import parse_format
-from qjax.models.sharding import tensor_parallel_mesh
+from qjax.kv_format import parse_kv_format
+from qjax.models.config import ModelConfig
+from qjax.models.sharding import check_tensor_parallel, tensor_parallel_mesh
 from qjax.serving.engine import Engine, EngineConfig
 from qjax.serving.key_bias import describe, leave_out_biases
 from qjax.serving.settings import kv_formats, parse_layers
@@ -39,6 +41,14 @@ class ModelChoices:
     kv_scale_mode: str | None = None
     kv_skip_layers: str = ""
     tp_size: int = 1
+
+
+def static_kv_dtype(choices: ModelChoices, given: KVScales | None) -> str | None:
+    """Type to calibrate static KV cache scales for; None if none are asked for, or are given."""
+    if choices.kv_scale_mode != "static" or given is not None:
+        return None
+    chosen = parse_kv_format(choices.kv_cache_dtype, mode="static", model_dtype="bfloat16")
+    return chosen.dtype if chosen.quantized else None
 
 
 def engine_config(
@@ -85,6 +95,27 @@ def engine_config(
         prefix_cache=prefix_cache,
         kv_counters=not on_gpu if kv_counters is None else kv_counters,
     )
+
+
+def check_devices(
+    config: ModelConfig, tp_size: int, quantization: str, skip_layers: str | None
+) -> None:
+    """Find out before weights are read, or calibrated, whether a model can be cut.
+
+    Args:
+      config: The model.
+      tp_size: Devices.
+      quantization: Weight format by its command-line name, that of a calibration too.
+      skip_layers: See ``ModelChoices``.
+
+    Raises:
+      ValueError: If there are fewer devices, heads or widths do not divide, or a format has groups
+        that would be cut. Stored formats are checked as their layers are read.
+    """
+    devices = tensor_parallel_mesh(tp_size).size
+    check_tensor_parallel(config, devices)
+    if devices > 1:
+        check_cuts(config, devices, parse_format(quantization), skip_layers)
 
 
 def build_engine(
@@ -138,6 +169,11 @@ def build_engine(
     params, note = prepare_weights(model.params, model.module.dtype, mesh=mesh)
     if on_note is not None and jax.devices()[0].platform == "gpu":
         on_note(note)
+        if jax.device_count() > choices.tp_size:
+            on_note(
+                f"{choices.tp_size} of {jax.device_count()} GPUs used; --tp-size cuts the model "
+                "over more"
+            )
     engine = Engine(
         model.module,
         params,

@@ -14,6 +14,15 @@ from qjax.tokenizer import Tokenizer
 HOST = "127.0.0.1"
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags."""
+    add = parser.add_argument_group("HTTP server").add_argument
+    add("--port", type=int, metavar="PORT", help="serve here (0: any free port); see below")
+    add("--host", metavar="ADDRESS", help="address to serve at (default: 127.0.0.1)")
+    add("--served-model-name", metavar="NAME", help="name in the API (default: the model's path)")
+    add("--api-key", metavar="KEY", help="what clients must send as bearer token (default: none)")
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that would have no effect.
 

@@ -145,3 +145,17 @@ def _setting(where: str, name: str, value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{where}: {name!r} must be of type {kind.__name__}, not {value!r}")
     return value
+
+
+def gather_prompts(texts: Sequence[str], path: str | Path | None) -> list[Prompt]:
+    """Prompts of the command line, then those of a file.
+
+    Raises:
+      ValueError: If there are none, or as ``read_prompts``.
+    """
+    prompts = [Prompt(f"--prompt {i}", text) for i, text in enumerate(texts, 1)]
+    if path is not None:
+        prompts += read_prompts(path)
+    if not prompts:
+        raise ValueError("there is no prompt; give --prompt TEXT or --prompts FILE")
+    return prompts

@@ -8,14 +8,18 @@ import jax
 import numpy as np
 
 from qjax.kv_cache import QuantizedKVCache
+from qjax.ops.packed import PackedWeight
 from qjax.quantize import is_quantized, quantized_nbytes
+from qjax.serving.devices import bytes_per_device
 from qjax.serving.engine import Engine
 from qjax.typing import PyTree
 
 
 def bf16_nbytes(params: PyTree) -> int:
     """Bytes of a parameter tree if every logical element were bf16."""
-    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    leaves = jax.tree.leaves(
+        params, is_leaf=lambda leaf: is_quantized(leaf) or isinstance(leaf, PackedWeight)
+    )
     return sum(2 * int(np.prod(leaf.shape, dtype=np.int64)) for leaf in leaves)
 
 
@@ -53,6 +57,9 @@ class Summary:
       kv_pool_bytes: The whole KV cache.
       kv_pool_tokens: Tokens it can hold.
       saturated: KV elements that did not fit their scale, and were clipped, or were not finite.
+      devices: Devices that the model is cut over, and their kind.
+      device_weight_bytes: Weights on the device that holds most.
+      device_kv_bytes: The KV cache on the device that holds most.
     """
 
     prefill_tokens: int
@@ -69,6 +76,9 @@ class Summary:
     kv_pool_bytes: int
     kv_pool_tokens: int
     saturated: int
+    devices: tuple[int, str]
+    device_weight_bytes: int
+    device_kv_bytes: int
 
     @classmethod
     def of(cls, engine: Engine) -> Summary:
@@ -90,6 +100,9 @@ class Summary:
             kv_pool_bytes=cache.nbytes,
             kv_pool_tokens=cache.num_pages * cache.page_size,
             saturated=int(np.asarray(cache.saturated).sum()),
+            devices=(engine.devices.count, jax.devices()[0].device_kind),
+            device_weight_bytes=bytes_per_device(engine.params),
+            device_kv_bytes=bytes_per_device(cache),
         )
 
     def lines(self, weights: str, kv_cache: str) -> list[str]:
@@ -109,6 +122,12 @@ class Summary:
             f"{self.kv_token_bytes:,} B, {self.kv_token_bytes / self.kv_token_bf16_bytes:.2f} of "
             f"the {self.kv_token_bf16_bytes:,} B they take in bf16",
         ]
+        count, kind = self.devices
+        if count > 1:
+            weights, kv = format_bytes(self.device_weight_bytes), format_bytes(self.device_kv_bytes)
+            rows.append(
+                f"devices    {count:>10}  {kind}; each with {weights} of weights, {kv} of KV cache"
+            )
         if self.saturated:
             rows.append(
                 f"warning: {self.saturated:,} KV cache values were clipped or not finite; the "

@@ -41,6 +41,15 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def presets_help() -> str:
+    """Two lines on every preset."""
+    return "\n".join(
+        f"  {name:<11} --quantization {p.quantization} --kv-cache-dtype {p.kv_cache_dtype}\n"
+        f"  {'':<11} {p.purpose}"
+        for name, p in PRESETS.items()
+    )
+
+
 def kv_formats(
     name: str,
     mode: str | None,
