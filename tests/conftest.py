@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import pathlib
 
-# Two host devices, so that sharding is tested on any machine. Set before jax is imported.
+# Four host devices, so that sharding is tested on any machine. Set before jax is imported.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -14,7 +14,7 @@ from qjax.models.config import ModelConfig
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}bot:"
 
 
-def write_model(folder: pathlib.Path) -> pathlib.Path:
+def write_model(folder: pathlib.Path, num_kv_heads: int = 1) -> pathlib.Path:
     """One layer, a tokenizer and a chat template, in the usual files; returns the folder."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,7 +35,7 @@ def write_model(folder: pathlib.Path) -> pathlib.Path:
         intermediate_size=64,
         num_layers=1,
         num_q_heads=2,
-        num_kv_heads=1,
+        num_kv_heads=num_kv_heads,
         head_dim=16,
         max_position_embeddings=128,
         eos_token_ids=(0,),
@@ -55,8 +55,8 @@ def write_model(folder: pathlib.Path) -> pathlib.Path:
         layer + "input_layernorm.weight": np.ones(32, np.float32),
         layer + "post_attention_layernorm.weight": np.ones(32, np.float32),
         layer + "self_attn.q_proj.weight": weight(32, 32),
-        layer + "self_attn.k_proj.weight": weight(16, 32),
-        layer + "self_attn.v_proj.weight": weight(16, 32),
+        layer + "self_attn.k_proj.weight": weight(16 * num_kv_heads, 32),
+        layer + "self_attn.v_proj.weight": weight(16 * num_kv_heads, 32),
         layer + "self_attn.o_proj.weight": weight(32, 32),
         layer + "mlp.gate_proj.weight": weight(64, 32),
         layer + "mlp.up_proj.weight": weight(64, 32),

@@ -46,7 +46,7 @@ def params() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def mesh() -> Mesh:
-    assert len(jax.devices()) >= 2, "conftest asks for two host devices"
+    assert len(jax.devices()) >= 2, "conftest asks for four host devices"
     return Mesh(np.asarray(jax.devices()[:2]), ("model",))
 
 
