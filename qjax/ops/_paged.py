@@ -10,12 +10,19 @@ from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.kv_cache import QuantizedKVCache
 from qjax.ops._dispatch import choose_backend, kernels_by_default
 from qjax.ops._prefill import prefill_unsupported_reason
+from qjax.ops.key_bias import KeyBias
 from qjax.pallas_kernels import paged_decode
 from qjax.typing import Array
 
 # Whether cuDNN attends over chunks of consecutive tokens without being asked for. Its tests pass on
 # the GPU, but it has not been timed against XLA's form.
 _CUDNN_BY_DEFAULT = False
+# Whether the decode kernel attends to keys stored without their bias without being asked for. It
+# does for all others; its additive term has not run on hardware yet.
+_KEY_BIAS_BY_DEFAULT = False
+# Largest additive term of a step, for every query head and position of the page tables. What is
+# larger, such as 256 sequences of up to 131072 tokens, might not fit beside the model.
+_MAX_BIAS_BYTES = 1 << 30
 
 
 def choose_attention_backend(
@@ -38,6 +45,8 @@ def choose_attention_backend(
         if backend == "cudnn":
             raise NotImplementedError(f"paged_attention: cudnn cannot run here: {reason}")
     reason = paged_attention_unsupported_reason(q, cache, layer)
+    if backend is None and cache.formats[layer].without_key_bias and not _KEY_BIAS_BY_DEFAULT:
+        return "xla"
     return choose_backend("paged_attention", backend, reason)
 
 
@@ -54,9 +63,14 @@ def paged_attention_unsupported_reason(
     """
     if q.shape[1] != 1:
         return f"t={q.shape[1]} new tokens per row; the kernel is for one"
-    if cache.formats[layer].without_key_bias:
-        return "keys stored without their bias; the kernel has no term for it"
-    reason = paged_decode.unsupported_reason(decode_problem(q, cache, layer))
+    problem = decode_problem(q, cache, layer)
+    reason = paged_decode.unsupported_reason(problem)
+    size = 4 * problem.batch * problem.kv_heads * problem.ratio * _bias_length(cache)
+    if reason is None and problem.logit_bias and size > _MAX_BIAS_BYTES:
+        reason = (
+            f"keys stored without their bias, whose logits would take {size} bytes; the limit is "
+            f"{_MAX_BIAS_BYTES}"
+        )
     if reason is not None:
         return reason
     if not interpret:
@@ -79,7 +93,12 @@ def decode_problem(q: Array, cache: QuantizedKVCache, layer: int) -> paged_decod
         kind=fmt.dtype,
         query=jnp.dtype(q.dtype).name,
         token_scales=fmt.stores_scales,
+        logit_bias=fmt.without_key_bias,
     )
+
+
+def _bias_length(cache: QuantizedKVCache) -> int:
+    return paged_decode.bias_length(cache.page_size * cache.pages_per_seq)
 
 
 def decode_by_kernel(
@@ -92,6 +111,7 @@ def decode_by_kernel(
     scale: float,
     window: int | None,
     soft_cap: float | None = None,
+    key_bias: KeyBias | None = None,
     *,
     config: paged_decode.Config | None = None,
     interpret: bool = False,
@@ -108,6 +128,8 @@ def decode_by_kernel(
       scale: Multiplier of the logits.
       window: Sliding window or None.
       soft_cap: Soft cap or None.
+      key_bias: What the stored keys lack, or None. Its part of the logits is computed here, for
+        all positions that the page tables have room for.
       config: How the kernel cuts up the work; its heuristic by default.
       interpret: Run in the Pallas interpreter.
 
@@ -117,6 +139,11 @@ def decode_by_kernel(
     position = positions[:, 0]
     stop = jnp.where((position >= 0) & (position < lengths), position + 1, 0)
     start = None if window is None else jnp.maximum(stop - window, 0)
+    logit_bias = None
+    if key_bias is not None:
+        with jax.named_scope("key_bias"):
+            factor = paged_decode.logit_factor(scale, soft_cap)
+            logit_bias = key_bias.all_logits(q, _bias_length(cache), factor)
     return paged_decode.decode(
         q,
         cache.keys[layer],
@@ -129,6 +156,7 @@ def decode_by_kernel(
         kind=cache.formats[layer].dtype,
         scale=scale,
         soft_cap=soft_cap,
+        logit_bias=logit_bias,
         config=config,
         interpret=interpret,
     )

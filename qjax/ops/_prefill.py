@@ -3,7 +3,9 @@
 The softmax of a query has two parts, merged by their log-sum-exps: the tokens of its own chunk up
 to itself (causal), and what the sequence stored before, in pieces whose number depends on the
 longest of the batch. The codes become 16-bit numbers times their scales, rounded once: the same
-values that the other forms multiply, up to that rounding.
+values that the other forms multiply, up to that rounding. An outlier bias added to keys of 16 bits
+would round their own part away, which is what leaving it out of the cache avoids; as a term of the
+logits it would be an array for every query and key of a piece. Such layers stay with XLA's form.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def prefill_unsupported_reason(
     if window is not None or soft_cap is not None:
         return f"{window=} and {soft_cap=}; the pieces have neither"
     if fmt.without_key_bias:
-        return "keys stored without their bias; the pieces have no term for it"
+        return "keys stored without their bias; cuDNN's keys of 16 bits are too coarse for it"
     if cache.head_dim % 8 or cache.head_dim > 256:
         return f"head_dim={cache.head_dim} must be a multiple of 8 up to 256"
     if JAX_VERSION < MOSAIC_GPU_MIN_JAX:

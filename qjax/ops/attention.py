@@ -107,7 +107,16 @@ def paged_attention(
     lengths = jnp.where(usable, lengths, 0)
     if backend == "mosaic_gpu":
         out = decode_by_kernel(
-            queries[:, 0], cache, layer, positions, slots, lengths, scale, window, soft_cap
+            queries[:, 0],
+            cache,
+            layer,
+            positions,
+            slots,
+            lengths,
+            scale,
+            window,
+            soft_cap,
+            key_bias,
         )
         return out.reshape(q.shape)
     if backend == "cudnn":

@@ -31,6 +31,7 @@ def call(
     values: Array,
     key_scales: Array | None,
     value_scales: Array | None,
+    logit_bias: Array | None,
     *,
     splits: int,
     out_dtype: Any,
@@ -50,6 +51,8 @@ def call(
       key_scales: float32 ``[num_pages, kv_heads, page_size]`` (with ``tile.token_scales``),
         ``[kv_heads]``, or None.
       value_scales: Likewise.
+      logit_bias: float32 ``[b, kv_heads, ratio, length]`` (with ``tile.logit_bias``), where
+        ``length`` is whole tiles, or None.
       splits: Blocks that share a sequence and KV head.
       out_dtype: Result type.
       with_lse: Whether to return the second result.
@@ -80,6 +83,7 @@ def call(
         "values": values,
         "key_scales": key_scales,
         "value_scales": value_scales,
+        "logit_bias": logit_bias,
     }
     operands = {name: value for name, value in operands.items() if value is not None}
     names = (*operands, "out", "lse") if with_lse else (*operands, "out")
@@ -121,6 +125,9 @@ def call(
                         start_row = lax.rem(index, _I32(page // tokens)) * (tokens // per)
                         source = source.at[pl.ds(start_row, tokens // per)]
                     plgpu.copy_gmem_to_smem(source, target, ready.at[slot])
+            if tile.logit_bias:
+                source = gmem["logit_bias"].at[row, head].at[:, pl.ds(index * tokens, tokens)]
+                plgpu.copy_gmem_to_smem(source, buffers["logit_bias"].at[slot], ready.at[slot])
 
         # Looked up together, so that their latencies overlap.
         first = [pages_of(begin + i) for i in range(stages + 1)]
@@ -151,8 +158,11 @@ def call(
         for name in ("keys", "values")
     }
     scratch |= {name: plgpu.SMEM((stages, tokens), jnp.float32) for name in copied[2:]}
+    if tile.logit_bias:
+        scratch["logit_bias"] = plgpu.SMEM((stages, tile.ratio, tokens), jnp.float32)
     scratch["merge"] = plgpu.SMEM((64 * tile.columns,), jnp.float32)
-    scratch["ready"] = plgpu.Barrier(num_arrivals=len(copied) * pages, num_barriers=stages)
+    arrivals = len(copied) * pages + tile.logit_bias
+    scratch["ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
     result = plgpu.kernel(
         kernel,
         out_type=out_types,

@@ -60,7 +60,7 @@ class Emitted:
         self, tile: Tile, gmem: dict[str, Any], buffers: dict[str, Any], merge: Any, transforms: Any
     ) -> None:
         self.tile, self.gmem, self.merge = tile, gmem, merge
-        order = ("keys", "values", "key_scales", "value_scales")
+        order = ("keys", "values", "key_scales", "value_scales", "logit_bias")
         self.buffers = [buffers[name] for name in order if name in buffers]
         pages = plgpu.RefType(transforms)
         self.types = (pages, pages, *(plgpu.RefType() for _ in self.buffers[2:]))
@@ -113,10 +113,11 @@ class Emitted:
         ) -> Any:
             p = _ptx.Ptx()
             slot, position, start, stop = map(_scalar, scalars)
-            sizes = [tile.tile_bytes] * 2 + [4 * tile.tokens] * 2
+            sizes = [tile.tile_bytes] * 2 + [4 * tile.tokens] * 2 * tile.token_scales
+            sizes += [tile.added_bytes] * tile.logit_bias
             addresses = [
                 p.add(_ptx.shared_address(buffer), p.mul(slot, size))
-                for buffer, size in zip(buffers, sizes, strict=False)
+                for buffer, size in zip(buffers, sizes, strict=True)
             ]
             after = _paged_tile.step(
                 p,

@@ -24,6 +24,7 @@ class Tile:
       per_row: Tokens per row of shared memory; see ``tokens_per_row``.
       factor: What ``q . k`` is multiplied by; see ``logit_factor``.
       soft_cap: Logits become ``soft_cap * tanh(logits / soft_cap)``; None for plain ones.
+      logit_bias: Whether every query head and token has a number that is added to its logit.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class Tile:
     per_row: int = 1
     factor: float = 1.0
     soft_cap: float | None = None
+    logit_bias: bool = False
 
     @property
     def narrow(self) -> bool:
@@ -91,6 +93,11 @@ class Tile:
     def tile_bytes(self) -> int:
         """Bytes of the keys, or of the values, of one tile."""
         return self.tokens * self.row_bytes
+
+    @property
+    def added_bytes(self) -> int:
+        """Bytes of what is added to the logits of one tile."""
+        return 4 * self.ratio * self.tokens * self.logit_bias
 
 
 def tokens_per_row(row_bytes: int, page_size: int) -> int:

@@ -48,6 +48,8 @@ class Twin:
         x = jax.lax.dot_general(constants, keys, (((1,), (1,)), ((), ())))
         if tile.token_scales:
             x = x * self.buffers["key_scales"][slot][None, :]
+        if tile.logit_bias:
+            x = x + self.buffers["logit_bias"][slot]
         if tile.soft_cap is not None:
             x = jnp.tanh(x * jnp.float32(0.5 / LOG2E))
             x = x * jnp.float32(tile.soft_cap * LOG2E)

@@ -23,6 +23,15 @@ second kernel: two runs are equal to the bit, and a sequence's result does not d
 Measured on an H200, 64 sequences of 8192 tokens, 32 query heads, 8 KV heads of 128: 479 us with
 bfloat16 pages (4.49 TB/s), fp8 251 us (4.28), int8 with scales per token 264 us (4.20).
 
+Keys stored without their bias: its part of the logits, ``[b, kv_heads, ratio, tokens]`` in float32,
+is copied beside each tile and added in the multiplication by the scales. At 64 x 8192 tokens and 32
+query heads these are 67 MB beside 1074 MB of fp8, and the product that makes them is 13 GFLOP in
+TF32 (26 us by the data sheet). The other way, a table of the rotations inside a page times queries
+turned back to its start, needs both in two float16 parts to be exact: 24 more ``mma.sync`` per 16
+tokens beside 16, about 100 instructions per tile to turn and split the queries, and 32 KB of table
+in the place of two stages. It would cost more here, but grow with the lengths of the sequences and
+not, as the array does, with the width of the page table. This term has not run on hardware.
+
 References:
   FlashDecoding (Dao et al., 2023) for the splits; FlashInfer (arXiv:2501.01005) for pages.
 """
@@ -83,6 +92,7 @@ class Problem:
       kind: Type of the stored values.
       query: Type of the queries and of the result.
       token_scales: Whether every token has scales of its own.
+      logit_bias: Whether a number for every query head and token is added to its logit.
     """
 
     batch: int
@@ -94,6 +104,7 @@ class Problem:
     kind: str
     query: str
     token_scales: bool = False
+    logit_bias: bool = False
 
     def tile(self, config: Config, factor: float = 1.0, soft_cap: float | None = None) -> Tile:
         tile = Tile(
@@ -106,6 +117,7 @@ class Problem:
             self.token_scales,
             factor=factor,
             soft_cap=soft_cap,
+            logit_bias=self.logit_bias,
         )
         per_row = tokens_per_row(tile.row_bytes, self.page_size)
         return dataclasses.replace(tile, per_row=per_row)
@@ -134,7 +146,8 @@ def smem_bytes(config: Config, p: Problem) -> int:
     """Shared memory of one block in bytes (an upper bound)."""
     tile = p.tile(config)
     scales = 8 * tile.tokens if p.token_scales else 0
-    return config.stages * (2 * tile.tile_bytes + scales + 8) + 256 * tile.columns + 4 * 1024
+    stage = 2 * tile.tile_bytes + scales + tile.added_bytes + 8
+    return config.stages * stage + 256 * tile.columns + 4 * 1024
 
 
 def config_unsupported_reason(config: Config, p: Problem) -> str | None:
@@ -174,6 +187,11 @@ def heuristic_config(p: Problem) -> Config:
     return config
 
 
+def bias_length(tokens: int) -> int:
+    """Positions for which ``decode`` takes a ``logit_bias``: whole tiles of any size."""
+    return -(-tokens // 128) * 128
+
+
 def search_space(p: Problem) -> list[Config]:
     """Configs worth timing for a problem, for an autotuner."""
     first = heuristic_config(p)
@@ -200,6 +218,7 @@ def decode(
     kind: str,
     scale: float,
     soft_cap: float | None = None,
+    logit_bias: Array | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Array:
@@ -218,6 +237,9 @@ def decode(
       kind: Type of the values: one of ``KINDS``.
       scale: Multiplier of the logits.
       soft_cap: Logits become ``soft_cap * tanh(logits / soft_cap)``; None for plain ones.
+      logit_bias: float32 ``[b, kv_heads, ratio, bias_length(...)]``, added to the logits before the
+        soft cap, in units of ``logit_factor``: ``q . k`` times that is what it is added to. Finite,
+        also where nothing is visible. None for nothing to add.
       config: How the work is cut up; ``heuristic_config`` by default.
       interpret: Run in the Pallas interpreter, on any device.
 
@@ -230,8 +252,23 @@ def decode(
     b, heads, ratio, head_dim = q.shape
     token_scales = key_scales is not None and key_scales.ndim == 3
     problem = Problem(
-        b, heads, ratio, head_dim, keys.shape[2], table.shape[1], kind, q.dtype.name, token_scales
+        b,
+        heads,
+        ratio,
+        head_dim,
+        keys.shape[2],
+        table.shape[1],
+        kind,
+        q.dtype.name,
+        token_scales,
+        logit_bias is not None,
     )
+    if logit_bias is not None:
+        expected = (b, heads, ratio, bias_length(table.shape[1] * keys.shape[2]))
+        if logit_bias.shape != expected or logit_bias.dtype != jnp.float32:
+            raise ValueError(
+                f"logit_bias {logit_bias.dtype}{logit_bias.shape} must be float32{expected}"
+            )
     reason = unsupported_reason(problem)
     if reason is None:
         config = heuristic_config(problem) if config is None else config
@@ -252,6 +289,7 @@ def decode(
         values,
         key_scales,
         value_scales,
+        logit_bias,
         splits=config.splits,
         out_dtype=jnp.dtype(jnp.float32 if config.splits > 1 else q.dtype),
         with_lse=config.splits > 1,

@@ -45,16 +45,19 @@ def compile_problem(problem: Any, config: Any, soft_cap: float | None, sharding:
         shape((p.batch,), jnp.int32),
         shape((p.batch,), jnp.int32),
     )
+    added = None
+    if p.logit_bias:
+        length = paged_decode.bias_length(p.page_size * p.pages_per_seq)
+        added = shape((p.batch, p.kv_heads, p.ratio, length), jnp.float32)
 
-    def run(*arguments: Any) -> Any:
-        return paged_decode.decode(
-            *arguments, kind=p.kind, scale=0.1, soft_cap=soft_cap, config=config
-        )
+    def run(added: Any, *arguments: Any) -> Any:
+        options = {"kind": p.kind, "soft_cap": soft_cap, "config": config}
+        return paged_decode.decode(*arguments, scale=0.1, logit_bias=added, **options)
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         try:
-            jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+            jax.jit(run).trace(added, *arguments).lower(lowering_platforms=("cuda",)).compile()
         except Exception as error:  # any failure is a finding, and the other problems go on
             return {"error": f"{type(error).__name__}: {str(error)[:2000]}"}
         text = "\n".join(path.read_text() for path in pathlib.Path(folder).glob("*.ptxas"))

@@ -12,9 +12,14 @@ import numpy as np
 
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat
+from qjax.nn.rotary import rope_frequencies
 from qjax.ops._paged import decode_by_kernel
+from qjax.ops.key_bias import KeyBias
 from qjax.ops.kv import append, read
 from qjax.pallas_kernels.paged_decode import Config
+
+BIAS = 300.0
+"""Size of the few outliers of a key bias, where keys are stored without it."""
 
 PLAIN = [KVFormat("bfloat16"), KVFormat("float16")]
 QUANTIZED = [
@@ -93,6 +98,16 @@ def queries(sizes: Sizes, rows: int, seed: int = 1) -> jax.Array:
     return jnp.asarray(q, sizes.dtype)
 
 
+def key_bias(sizes: Sizes) -> KeyBias:
+    """A bias with a few outliers per head, at slow and at fast features, and small numbers."""
+    rng = np.random.default_rng(3)
+    bias = rng.normal(size=(sizes.heads, sizes.dim))
+    for head in bias:
+        head[rng.integers(0, sizes.dim, 4)] = rng.uniform(-BIAS, BIAS, 4)
+    frequencies = rope_frequencies(sizes.dim, 1e6, None)
+    return KeyBias(jnp.asarray(bias, jnp.float32), frequencies, factor=0.9)
+
+
 def by_kernel(
     cache: QuantizedKVCache,
     q: jax.Array,
@@ -126,6 +141,7 @@ def _kernel(sizes: Sizes, config: Config | None, interpret: bool) -> Callable[..
             sizes.scale,
             sizes.window,
             sizes.soft_cap,
+            key_bias(sizes) if cache.formats[0].without_key_bias else None,
             config=config,
             interpret=interpret,
         )
@@ -148,7 +164,9 @@ def reference(
     keys, values = jax.jit(read, static_argnums=(1, 3))(
         cache, 0, jnp.asarray(slots, jnp.int32), longest
     )
-    keys, values = np.asarray(keys), np.asarray(values)
+    keys, values = np.asarray(keys, np.float64), np.asarray(values)
+    if cache.formats[0].without_key_bias:
+        keys = keys + _rotated_bias(sizes, longest).swapaxes(0, 1)
     grouped = np.asarray(q.astype(jnp.float32), np.float64)
     grouped = grouped.reshape(rows, sizes.heads, sizes.ratio, sizes.dim)
     out = np.zeros(grouped.shape)
@@ -164,3 +182,18 @@ def reference(
         weights /= weights.sum(axis=-1, keepdims=True)
         out[row] = np.einsum("hgt,thd->hgd", weights, v)
     return out.reshape(q.shape)
+
+
+def bias_logits(sizes: Sizes, q: np.ndarray, length: int) -> np.ndarray:
+    """Products of queries ``[b, heads, ratio, dim]`` with the rotated bias, in float64."""
+    return np.einsum("bhgd,htd->bhgt", q, _rotated_bias(sizes, length))
+
+
+def _rotated_bias(sizes: Sizes, length: int) -> np.ndarray:
+    """float64 ``[heads, length, dim]``, at the angles that the model rotates by."""
+    known = key_bias(sizes)
+    positions = np.arange(length, dtype=np.float32)
+    angles = (positions[:, None] * known.frequencies).astype(np.float64)
+    cos, sin = np.cos(angles) * known.factor, np.sin(angles) * known.factor
+    first, second = np.split(np.asarray(known.bias, np.float64)[:, None], 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

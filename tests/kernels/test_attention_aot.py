@@ -38,6 +38,8 @@ def every_problem() -> list[Problem]:
             problem = Problem(16, 8, ratio, dim, page, 64, kind, query, token_scales)
             if not (plain and token_scales) and unsupported_reason(problem) is None:
                 problems.append(problem)
+                if not plain:
+                    problems.append(dataclasses.replace(problem, logit_bias=True))
     return problems
 
 
@@ -92,8 +94,16 @@ def test_append_and_decode_update_a_donated_cache_in_place() -> None:
 
 def test_every_kind_of_page_and_the_widest_heads() -> None:
     wide = {"head_dim": 256, "ratio": 16}
+    qwen = {"kv_heads": 4, "ratio": 7, "logit_bias": True}  # 7B; 72B has 8 heads and ratio 8
     cases = [
         (TYPICAL, None, None),
+        (dataclasses.replace(TYPICAL, token_scales=False, **qwen), None, None),
+        (
+            dataclasses.replace(TYPICAL, kind="int8", **{**qwen, "kv_heads": 8, "ratio": 8}),
+            None,
+            None,
+        ),
+        (dataclasses.replace(TYPICAL, kind="int4", **qwen), None, 30.0),
         (dataclasses.replace(TYPICAL, kind="bfloat16", token_scales=False, **wide), None, None),
         (dataclasses.replace(TYPICAL, kind="int8", **wide), None, 30.0),
         (dataclasses.replace(TYPICAL, kind="int4", page_size=32), None, None),

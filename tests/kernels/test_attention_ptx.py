@@ -93,6 +93,15 @@ CASES = {
     "int4_four_per_row": Case(Tile("int4", "bfloat16", 64, 4, 128, 4, True, 4), 0, 300, "float16"),
     "int4_four_of_64": Case(Tile("int4", "bfloat16", 64, 4, 64, 4, True, 4), 3, 200, "float16"),
     "int8_two_per_row": Case(Tile("int8", "bfloat16", 64, 5, 64, 3, True, 2), 0, 129),
+    "e4m3_added": Case(
+        Tile("float8_e4m3fn", "bfloat16", 128, 7, 64, 3, logit_bias=True), 0, 150, "float16", True
+    ),
+    "int8_added_token": Case(
+        Tile("int8", "bfloat16", 64, 1, 128, 3, True, logit_bias=True), 5, 140, "float16"
+    ),
+    "int4_added_cap": Case(
+        Tile("int4", "bfloat16", 128, 12, 128, 2, True, 2, soft_cap=30.0, logit_bias=True), 0, 200
+    ),
     "empty": Case(Tile("int8", "bfloat16", 128, 4, 64, 2), 0, 0),
 }
 
@@ -110,13 +119,14 @@ def run(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     stored, numbers = zip(*(codes(rng, tile.kind, (span, dim)) for _ in range(2)), strict=True)
     scales = np.exp(rng.normal(size=(2, span))).astype(np.float32)
     scales[:, case.stop :] = 0  # never written
+    added = rng.normal(size=(tile.ratio, span)).astype(np.float32) * 2000  # times the factor
     key_scale, value_scale = np.array([[0.81], [0.37]], np.float32)
 
     memory = np.zeros(1 << 19, np.uint8)
     for name, array in (("queries", q), ("key_scale", key_scale), ("value_scale", value_scale)):
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         memory[BASE[name] : BASE[name] + data.size] = data
-    stage = 2 * tile.tile_bytes + 8 * tile.tokens
+    stage = 2 * tile.tile_bytes + 8 * tile.tokens + tile.added_bytes
     shared = np.zeros(-(-max(stage, tile.stages * tile.tile_bytes) // 1024) * 1024 + 1024, np.uint8)
     p = Model(shared, memory)
 
@@ -136,10 +146,14 @@ def run(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         rows = slice(index * tile.tokens, (index + 1) * tile.tokens)
         parts = [put_tile(tile, stored[i][rows]) for i in (0, 1)]
         parts += [scales[i, rows].view(np.uint8) for i in (0, 1)]
+        if tile.logit_bias:
+            term = np.float32(tile.factor) * added[:, rows]
+            parts.append(np.ascontiguousarray(term).reshape(-1).view(np.uint8))
         places = np.cumsum([0, *(part.size for part in parts)])
         for place, part in zip(places, parts, strict=False):
             shared[place : place + part.size] = part
         buffers = [p.integer(int(place)) for place in places[: 4 if tile.token_scales else 2]]
+        buffers += [p.integer(int(places[4]))] * tile.logit_bias
         bounds = (p.integer(index * tile.tokens), p.integer(case.start), p.integer(case.stop))
         state = _paged_tile.step(p, tile, state, queries, factors, buffers, *bounds)
         state = State.of(tile, state.registers())
@@ -173,6 +187,8 @@ def run(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         x = x * key_scale
     if tile.token_scales:
         x = x * scales[0, seen]
+    if tile.logit_bias:
+        x = x + added[:, seen].astype(np.float64) * SCALE
     if tile.soft_cap is not None:
         x = tile.soft_cap * np.tanh(x / tile.soft_cap)
     x = x * np.log2(np.e)

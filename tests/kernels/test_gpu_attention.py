@@ -9,6 +9,7 @@ import pytest
 
 from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.kv_format import KVFormat
+from qjax.ops._paged import paged_attention_unsupported_reason
 from qjax.ops.attention import paged_attention
 from qjax.ops.kv import append
 from qjax.pallas_kernels.paged_decode import Config
@@ -16,15 +17,23 @@ from tests.kernels.attention_problems import (
     PLAIN,
     QUANTIZED,
     Sizes,
+    bias_logits,
     by_kernel,
     filled,
+    key_bias,
     queries,
     reference,
 )
-from tests.tolerances import ATTENTION_BF16, ATTENTION_F16, relative_error
+from tests.tolerances import ATTENTION_BF16, ATTENTION_F16, KEY_BIAS_TF32, relative_error
 
 pytestmark = pytest.mark.gpu
 
+# Keys stored without their bias: the additive term of the kernel.
+UNBIASED = [
+    KVFormat("float8_e4m3fn", "static", without_key_bias=True),
+    KVFormat("int8", "dynamic", without_key_bias=True),
+    KVFormat("int4", "tracked", without_key_bias=True),
+]
 RAGGED = [0, 1, 63, 64, 65, 1000, 7, 128, 129, 513]
 E4M3, INT8, INT4 = (KVFormat(d, "dynamic") for d in ("float8_e4m3fn", "int8", "int4"))
 BF16, STATIC = KVFormat("bfloat16"), KVFormat("float8_e4m3fn", "static")
@@ -226,4 +235,51 @@ def test_in_a_loop_with_append() -> None:
 
     run = jax.jit(decode, static_argnums=1)
     kernel, xla = (np.asarray(run(cache, name), np.float64) for name in ("mosaic_gpu", "xla"))
+    assert relative_error(kernel, xla) < 2 * ATTENTION_BF16
+
+
+def test_logits_of_the_bias_keep_their_bits() -> None:
+    """In TF32, whose 11 bits alone would be off by 2**-12 of hundreds."""
+    sizes = Sizes(heads=4, ratio=7)
+    q, known = queries(sizes, 3).reshape(3, 4, 7, 128), key_bias(sizes)
+    got = jax.jit(lambda q: known.all_logits(q, 1024, 0.5))(q)
+    want = bias_logits(sizes, np.asarray(q.astype(jnp.float32), np.float64), 1024) * 0.5
+    size = np.abs(want).max(axis=-1, keepdims=True)
+    assert (np.abs(np.asarray(got) - want) / size).max() < KEY_BIAS_TF32
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(heads=4, ratio=7),
+        Sizes(heads=2, ratio=1, page=32, window=100),
+        Sizes(heads=1, ratio=12, page=128, soft_cap=50.0),
+        Sizes(heads=2, ratio=8, dim=64, dtype="float16"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("fmt", UNBIASED, ids=lambda fmt: fmt.name)
+def test_keys_without_their_bias(fmt: KVFormat, sizes: Sizes) -> None:
+    _check(fmt, sizes)
+
+
+@pytest.mark.parametrize("config", [Config(64, 2), Config(128, 2, 3), Config(64, 4, 16)], ids=str)
+def test_keys_without_their_bias_in_splits(config: Config) -> None:
+    _check(UNBIASED[1], Sizes(heads=2, ratio=7), config=config)
+
+
+def test_keys_without_their_bias_through_paged_attention() -> None:
+    lengths, sizes = [100, 0, 64, 700], Sizes(heads=2, ratio=7)
+    cache = filled(UNBIASED[0], lengths, sizes)
+    q, known = queries(sizes, 4), key_bias(sizes)
+    assert paged_attention_unsupported_reason(q, cache, 0) is None
+    n, slots = jnp.asarray(lengths, jnp.int32), jnp.arange(4, dtype=jnp.int32)
+
+    def call(q: jax.Array, backend: str) -> jax.Array:
+        where = n[:, None] - 1, slots, n
+        options = {"scale": sizes.scale, "key_bias": known, "backend": backend}
+        return paged_attention(q, cache, 0, *where, **options)
+
+    run = jax.jit(call, static_argnums=1)
+    kernel, xla = (np.asarray(run(q, name), np.float64) for name in ("mosaic_gpu", "xla"))
     assert relative_error(kernel, xla) < 2 * ATTENTION_BF16
