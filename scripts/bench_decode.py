@@ -20,15 +20,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from qjax._compat import compile_lowered
 from qjax._device import compiler_options, device_info
+from qjax.checkpoints.hf import check_cuts
 from qjax.evaluation.device_time import kernel_seconds
 from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
 from qjax.formats import FORMATS, parse_format
 from qjax.generate import activation_qtype, decode
 from qjax.kv_format import parse_kv_format
 from qjax.models.decoder import Decoder
+from qjax.models.sharding import check_tensor_parallel, placer, tensor_parallel_mesh
 from qjax.quantize import quantized_nbytes
+from qjax.serving.devices import Devices
 from qjax.serving.report import format_bytes
 from qjax.serving.synthetic import SHAPES, random_cache, random_params, running_state, step_bytes
 from qjax.serving.weights import prepare_weights
@@ -59,6 +64,7 @@ PASSED_ON = (
     "blocks",
     "repeats",
     "kernels",
+    "tp_size",
 )
 """Flags that a child process gets as they are."""
 
@@ -80,6 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--blocks", type=int, default=4, help="programs per measurement (%(default)s)")
     add("--repeats", type=int, default=3, help="measurements; the median counts (%(default)s)")
     add("--kernels", type=int, default=0, metavar="N", help="list N kernels (%(default)s; GPU)")
+    add(
+        "--tp-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs over which the model is cut; TB/s and floor are of all together (%(default)s)",
+    )
     add("--time-limit", type=float, default=300.0, help="seconds per format (%(default)s)")
     add("--output", metavar="FILE.jsonl", help="append rows here as they are measured")
     add(
@@ -103,6 +116,7 @@ class Row:
     context: int
     backend: str
     device: str = ""
+    devices: int = 1
     jax: str = jax.__version__
     tokens_per_s: float | None = None
     ms_per_step: float | None = None
@@ -116,32 +130,41 @@ class Row:
     error: str | None = None
 
 
-def measure(args: argparse.Namespace, name: str, batch: int, params: Any) -> Row:
+def measure(args: argparse.Namespace, name: str, batch: int, params: Any, mesh: Mesh | None) -> Row:
     """Time decode steps of one batch size."""
     if args.kernels and jax.devices()[0].platform != "gpu":
         raise NotImplementedError("--kernels needs a GPU: elsewhere steps are not made of kernels")
     config = SHAPES[args.shape]
     backend = None if args.backend == "auto" else args.backend
-    module = Decoder(config, dtype=jnp.bfloat16, dot_backend=backend, attention_backend=backend)
+    devices = Devices(params, config, mesh)
+    module = Decoder(
+        config,
+        dtype=jnp.bfloat16,
+        dot_backend=backend,
+        attention_backend=backend,
+        parallel=devices.parallel,
+    )
     fmt = parse_kv_format(args.kv_cache_dtype, mode=args.kv_scale_mode, model_dtype=module.dtype)
     # Every block starts at the same length, so that the middle of it is at the context length.
     start = args.context - args.steps // 2
-    cache = random_cache(config, fmt, batch, start + args.steps, args.page_size)
-    state = running_state(config.vocab_size, batch, start)
-    read = step_bytes(params, cache, batch, args.context)
-    program = jax.jit(
-        functools.partial(decode, module.apply, (), args.steps, True, True), donate_argnums=(1, 2)
+    cache = devices.make_cache(
+        functools.partial(random_cache, config, fmt, batch, start + args.steps, args.page_size)
     )
-    steps = jnp.int32(args.steps)
+    state = devices.put(running_state(config.vocab_size, batch, start))
+    read = step_bytes(params, cache, batch, args.context)
+    program = devices.program(
+        functools.partial(decode, module.apply, (), args.steps, True, True), cache
+    )
+    steps = devices.put(jnp.int32(args.steps))
     begin = time.perf_counter()
     lowered = program.lower(params, cache, state, steps)
-    compiled = lowered.compile(compiler_options=compiler_options(activation_qtype(params)))
+    compiled = compile_lowered(lowered, compiler_options(activation_qtype(params)))
     compile_s = time.perf_counter() - begin
     lengths = np.full((batch,), start, np.int32)
 
     def block() -> tuple[Any, Any]:
         nonlocal cache, state
-        state = dataclasses.replace(state, lengths=jnp.asarray(lengths))
+        state = dataclasses.replace(state, lengths=devices.put(lengths))
         cache, state, tokens, finite = compiled(params, cache, state, steps)
         return tokens, finite
 
@@ -158,7 +181,8 @@ def measure(args: argparse.Namespace, name: str, batch: int, params: Any) -> Row
     median = statistics.median(seconds)
     kernels = kernel_seconds(block)[: args.kernels] if args.kernels else None
     info = device_info()
-    floor = None if info.peaks is None else read / info.peaks.bytes_per_s / median
+    rate = None if info.peaks is None else info.peaks.bytes_per_s * devices.count
+    floor = None if rate is None else read / rate / median
     return Row(
         shape=args.shape,
         format=name,
@@ -167,6 +191,7 @@ def measure(args: argparse.Namespace, name: str, batch: int, params: Any) -> Row
         context=args.context,
         backend=args.backend,
         device=info.kind,
+        devices=devices.count,
         tokens_per_s=batch / median,
         ms_per_step=median * 1e3,
         spread=(max(seconds) - min(seconds)) / median,
@@ -182,13 +207,22 @@ def measure(args: argparse.Namespace, name: str, batch: int, params: Any) -> Row
 def work(args: argparse.Namespace) -> None:
     """In a child process: measure one format and print one JSON line per batch size."""
     (name,) = args.formats.split(",")
-    params = random_params(SHAPES[args.shape], parse_format(name))
+    config = SHAPES[args.shape]
+    batches = [int(part) for part in args.batch_sizes.split(",")]
+    try:
+        mesh = tensor_parallel_mesh(args.tp_size) if args.tp_size > 1 else None
+    except ValueError as error:
+        for batch in batches:
+            print(json.dumps(dataclasses.asdict(failed(args, name, batch, str(error)))), flush=True)
+        return
+    place = None if mesh is None else placer(config, mesh)
+    params = random_params(config, parse_format(name), place=place)
     pack = None if args.backend == "auto" else False
-    params, note = prepare_weights(params, jnp.bfloat16, pack=pack)
+    params, note = prepare_weights(params, jnp.bfloat16, pack=pack, mesh=mesh)
     print(note, file=sys.stderr)
-    for batch in map(int, args.batch_sizes.split(",")):
+    for batch in batches:
         try:
-            row = measure(args, name, batch, params)
+            row = measure(args, name, batch, params, mesh)
         except (jax.errors.JaxRuntimeError, FloatingPointError, NotImplementedError) as error:
             row = failed(args, name, batch, str(error).strip().splitlines()[0][:200])
         print(json.dumps(dataclasses.asdict(row)), flush=True)
@@ -258,9 +292,15 @@ def check(args: argparse.Namespace) -> None:
     Raises:
       ValueError: With the value and what is possible.
     """
+    config = SHAPES[args.shape]
+    if args.tp_size < 1:
+        raise ValueError(f"--tp-size {args.tp_size} must be at least 1")
+    check_tensor_parallel(config, args.tp_size)
     for name in args.formats.split(","):
         if name not in FORMATS:
             raise ValueError(f"unknown format {name!r}; choose from {', '.join(FORMATS)}")
+        # Nothing here may look for devices: that would take their memory from the children.
+        check_cuts(config, args.tp_size, parse_format(name), None)
     parse_kv_format(args.kv_cache_dtype, model_dtype=jnp.bfloat16)
     if not all(part.isdigit() and int(part) for part in args.batch_sizes.split(",")):
         raise ValueError(f"--batch-sizes {args.batch_sizes!r} must be numbers such as 1,64")
@@ -269,7 +309,9 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     if args.kernels < 0:
         raise ValueError(f"--kernels {args.kernels} must not be negative")
-    longest = SHAPES[args.shape].max_position_embeddings
+    if args.tp_size > 1 and args.kernels:
+        raise ValueError("--kernels lists those of one GPU; leave it out with --tp-size")
+    longest = config.max_position_embeddings
     if not args.steps // 2 < args.context <= longest - args.steps:
         raise ValueError(
             f"--context {args.context} must lie between half of --steps {args.steps} and "

@@ -15,6 +15,7 @@ from qjax.formats import parse_format
 from qjax.kv_format import parse_kv_format
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
+from qjax.models.sharding import placer, tensor_parallel_mesh
 from qjax.ops.kv import decode_codes
 from qjax.quantize import dequantize, quantized_nbytes
 from qjax.serving.synthetic import SHAPES, random_cache, random_params, step_bytes
@@ -40,6 +41,19 @@ def test_a_row_per_batch_size(capsys, tmp_path, monkeypatch):
     assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms_per_step"])
     assert row["step_bytes"] > row["weight_bytes"] / 2
     assert "| int4 | int8-tracked | 2 |" in capsys.readouterr().out
+
+
+def test_over_two_devices():
+    """Weights are made where they lie."""
+    flags = ["--formats", "int4_g32", "--batch-sizes", "2"]
+    args = bench_decode.build_parser().parse_args([*SMALL, *flags, "--tp-size", "2"])
+    bench_decode.check(args)
+    mesh = tensor_parallel_mesh(2)
+    params = random_params(TINY, parse_format("int4_g32"), place=placer(TINY, mesh))
+    row = bench_decode.measure(args, "int4_g32", 2, params, mesh)
+    assert row.devices == 2 and row.weight_bytes == quantized_nbytes(params_of("int4_g32"))
+    for refused in (["--tp-size", "4"], ["--tp-size", "0"], ["--tp-size", "2", "--kernels", "3"]):
+        assert bench_decode.main([*SMALL, *flags, *refused]) == 2
 
 
 def test_a_slow_format_does_not_stop_the_others(capsys):

@@ -13,6 +13,7 @@ too, over one device. Ops then know that there is nothing to divide, and use ker
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -104,17 +105,22 @@ class Devices:
 
     def new_cache(self, **sizes: Any) -> QuantizedKVCache:
         """``QuantizedKVCache.init(**sizes)``, of which no device ever holds more than its part."""
-        if self.mesh is None:
-            return QuantizedKVCache.init(**sizes)
+        return self.make_cache(functools.partial(QuantizedKVCache.init, **sizes))
 
-        def make() -> QuantizedKVCache:
-            cache = QuantizedKVCache.init(**sizes)
+    def make_cache(self, make: Callable[[], QuantizedKVCache]) -> QuantizedKVCache:
+        """The cache that a function makes, likewise; its counters must be 0."""
+        if self.mesh is None:
+            return make()
+
+        def make_counting() -> QuantizedKVCache:
+            cache = make()
+            # Every device counts for itself.
             counters = jnp.zeros((2 * self.count,), jnp.int32)
             every = (counters,) * cache.num_layers
             return dataclasses.replace(cache, layer_saturated=every, layer_underflowed=every)
 
-        specs = self._cache_specs(jax.eval_shape(make))
-        return jax.jit(make, out_shardings=named_shardings(specs, self.mesh))()
+        specs = self._cache_specs(jax.eval_shape(make_counting))
+        return jax.jit(make_counting, out_shardings=named_shardings(specs, self.mesh))()
 
     def _cache_specs(self, cache: QuantizedKVCache) -> QuantizedKVCache:
         assert self.mesh is not None

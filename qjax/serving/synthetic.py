@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -87,7 +87,11 @@ SHAPES: dict[str, ModelConfig] = {
 
 
 def random_params(
-    config: ModelConfig, fmt: QuantFormat | None, dtype: Any = jnp.bfloat16, seed: int = 0
+    config: ModelConfig,
+    fmt: QuantFormat | None,
+    dtype: Any = jnp.bfloat16,
+    seed: int = 0,
+    place: Callable[[str, Any], Any] | None = None,
 ) -> Params:
     """Random parameters of a decoder; kernels but ``lm_head`` quantized, as ``load_model`` does.
 
@@ -96,6 +100,7 @@ def random_params(
       fmt: Weight format, or None.
       dtype: Type of what is not quantized; norm weights are float32.
       seed: Of the contents.
+      place: Puts each parameter where it shall live, as of ``load_model``.
 
     Returns:
       Parameters whose values have the spread of trained ones, about 0.02.
@@ -113,6 +118,8 @@ def random_params(
             leaves.append(norm if path.endswith("weight") else (norm - 1).astype(dtype))
         else:
             leaves.append(_random_plain(key, leaf.shape, jnp.dtype(dtype)))
+        if place is not None:
+            leaves[-1] = place(path, leaves[-1])
         # One at a time, or the random bits of all would be in memory together.
         jax.block_until_ready(leaves[-1])
     return jax.tree_util.tree_unflatten(treedef, leaves)
