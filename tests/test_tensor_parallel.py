@@ -156,7 +156,8 @@ def test_biases_activation_order_static_scales_and_keys_without_their_bias() -> 
     kv = KVFormat(E4M3, "static"), KVFormat("int8", "tracked", without_key_bias=True)
     # Small scales, so that values are clipped on every device, and counted.
     scales = [(np.asarray([0.002, 0.003, 0.004, 0.005], np.float32),) * 2, None]
-    one, two = (engine_of(TIED, params, kv, n, static_scales=scales) for n in (1, 2))
+    one = engine_of(TIED, params, kv, 1, static_scales=scales)
+    two = engine_of(TIED, params, kv, 2, static_scales=scales, fuse=True)
     assert tokens_of(one) == tokens_of(two)
     assert one.cache.saturated[0].min() > 0
     np.testing.assert_array_equal(one.cache.saturated, two.cache.saturated)
@@ -239,14 +240,24 @@ def test_errors() -> None:
         check_devices(wide, 4, "int4", None)
     check_devices(wide, 4, "int4_g32", None)
     module = types.SimpleNamespace(config=QWEN3)
-    with pytest.raises(ValueError, match="load them with load_model"):
+    with pytest.raises(ValueError, match="load parameters with load_model"):
         Engine(module, plain_params(QWEN3), SIZES, MIXED_KV[0], mesh=tensor_parallel_mesh(2))
+    joined, _ = prepare_weights(
+        jax.tree.map(lambda x: x, plain_params(QWEN3)), jnp.float32, fuse=True
+    )
+    joined = shard_params(joined, QWEN3, tensor_parallel_mesh(2))
+    with pytest.raises(ValueError, match="layers_0/.*_proj/kernel joins projections"):
+        Engine(module, joined, SIZES, MIXED_KV[0], mesh=tensor_parallel_mesh(2))
     both = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
     with pytest.raises(ValueError, match="axes .*'a', 'b'"):
         Engine(module, plain_params(QWEN3), SIZES, MIXED_KV[0], mesh=both)
 
 
-def test_serving_from_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serving_from_files(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Loaded, run, measured and reported over two devices: what one device gives."""
     model = write_model(tmp_path, num_kv_heads=2)
     flags = ["--model", str(model), "--max-running-requests", "2", "--kv-cache-dtype", "fp8_e4m3"]
@@ -255,7 +266,10 @@ def test_serving_from_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
     for devices in ("1", "2"):
         out, measured = tmp_path / f"{devices}.jsonl", tmp_path / f"{devices}.json"
         more = ["--output", str(out), "--export-kv-scales", str(measured), "--max-new-tokens", "8"]
-        assert serve.main([*flags, *more, "--tp-size", devices]) == 0
+        with monkeypatch.context() as patch:
+            if devices == "1":  # as in a process with one device, without jax.shard_map
+                patch.setattr(jax, "device_count", lambda: 1)
+            assert serve.main([*flags, *more, "--tp-size", devices]) == 0
         results.append(out.read_text())
         layer = json.loads(measured.read_text())
         scales.append(layer)

@@ -74,6 +74,12 @@ F32_SCORE = 1e-5
 either direction, averaged over tokens."""
 
 
+TENSOR_PARALLEL_BF16 = 2e-2
+"""Logits of two layers in bfloat16, each of whose four sums over devices adds parts rounded to
+bfloat16 where one device rounds the sum: 1.65e-3 each, which norms and e4m3 keys, whose codes may
+then differ by a step of 2**-3, carry on; ten such roundings."""
+
+
 def relative_error(out: object, ref: object) -> float:
     """``|out - ref| / |ref|`` in float64; NaN never passes a ``<`` comparison."""
     out64, ref64 = np.asarray(out, np.float64), np.asarray(ref, np.float64)

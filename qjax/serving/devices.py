@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from qjax.kv_cache import QuantizedKVCache
 from qjax.models.config import ModelConfig
+from qjax.models.fusion import FUSED
 from qjax.models.sharding import (
     AXIS,
     cache_specs,
@@ -33,6 +34,7 @@ from qjax.models.sharding import (
     own_specs,
 )
 from qjax.nn.parallel import TensorParallel
+from qjax.quantize import path_string
 from qjax.quantized_array import packed_nbytes
 from qjax.typing import Params, PyTree
 
@@ -60,7 +62,8 @@ def mesh_of(params: PyTree, mesh: Mesh | None) -> Mesh | None:
         return mesh
     if jax.device_count() == 1:
         return None
-    used = {device for leaf in jax.tree.leaves(params) for device in leaf.devices()}
+    arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    used = {device for array in arrays for device in array.devices()}
     return Mesh(np.asarray(list(used)), (AXIS,)) if len(used) == 1 else None
 
 
@@ -82,13 +85,21 @@ class Devices:
         self.count = 1 if self.mesh is None else self.mesh.size
         if self.count > 1:
             check_tensor_parallel(config, self.count)
-            for leaf in jax.tree.leaves(params):
-                if getattr(leaf.sharding, "mesh", None) != self.mesh:
-                    raise ValueError(
-                        f"parameters lie on {leaf.sharding}, the engine is for {self.mesh}; load "
-                        "them with load_model(mesh=...) or qjax.models.sharding.shard_params"
-                    )
-        self._params = params
+            jax.tree_util.tree_map_with_path(self._check, params)
+        self._param_specs = P() if self.count == 1 else own_specs(params)
+
+    def _check(self, path: Any, leaf: jax.Array) -> None:
+        sharding, name = leaf.sharding, path_string(path)
+        if getattr(sharding, "mesh", None) != self.mesh:
+            raise ValueError(
+                f"{name} lies on {sharding}, the engine is for {self.mesh}; load parameters with "
+                "load_model(mesh=...), or place them with qjax.models.sharding.shard_params"
+            )
+        if sharding.is_fully_replicated and any(joined in name for joined, _ in FUSED.values()):
+            raise ValueError(
+                f"{name} joins projections of the whole model, which cannot be cut into the heads "
+                "of each device; load a checkpoint whose projections are apart"
+            )
 
     @property
     def parallel(self) -> TensorParallel | None:
@@ -137,12 +148,11 @@ class Devices:
           cache: A cache like those it will get.
         """
         if self.mesh is not None:
-            params = P() if self.count == 1 else own_specs(self._params)
             held = self._cache_specs(cache)
             function = jax.shard_map(
                 function,
                 mesh=self.mesh,
-                in_specs=(params, held, P(), P()),
+                in_specs=(self._param_specs, held, P(), P()),
                 out_specs=(held, P(), P(), P()),
                 check_vma=False,  # it does not know kernels; what is P() is equal by construction
             )
