@@ -80,7 +80,7 @@ class QuantDense(nn.Module):
         splits = self.keep_splits and not self.use_bias
         y = quantized_dot(x, kernel, out_dtype=out_dtype, keep_splits=splits, backend=self.backend)
         if self.sum_over is not None:
-            y = sum_over_devices(y, self.sum_over, splits=splits)
+            y = sum_over_devices(y, self.sum_over, out_dtype, splits=splits)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             if not self.add_bias:

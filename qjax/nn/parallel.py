@@ -88,15 +88,17 @@ def reorder_inputs(x: Array, kernel: Any, axis: str) -> tuple[Array, Any]:
     return jnp.take(x, kernel.perm, axis=-1), dataclasses.replace(kernel, perm=None)
 
 
-def sum_over_devices(y: Array, axis: str, *, splits: bool) -> Array:
+def sum_over_devices(y: Array, axis: str, dtype: DType, *, splits: bool) -> Array:
     """The sum of what all devices contribute to a product.
 
-    In the type of ``y``: a layer's own type, as its result is kept, or float32 where a kernel left
-    partial sums. These have few rows, so that twice the bytes make no difference.
+    Added up and sent in the layer's own type, as is usual: half the bytes of float32.
 
     Args:
       y: ``(..., n)``, or ``(s, ..., n)`` partial sums.
       axis: The mesh axis.
+      dtype: Type of the result.
       splits: Whether ``y`` has the axis of partial sums; one is left then.
     """
-    return jax.lax.psum(y.sum(0, keepdims=True) if splits and y.shape[0] > 1 else y, axis)
+    if splits and y.shape[0] > 1:
+        y = y.sum(0, keepdims=True)
+    return jax.lax.psum(y.astype(dtype), axis)

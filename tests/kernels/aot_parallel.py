@@ -6,6 +6,7 @@ two GPUs calls kernels and sums over devices.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -82,7 +83,7 @@ def main(count: int) -> None:
         params["model"][name] = per_device(lambda t: packed.pack_tree(fuse_layer(t)), layer)
 
     def new_cache() -> QuantizedKVCache:
-        return QuantizedKVCache.init(
+        cache = QuantizedKVCache.init(
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
@@ -93,9 +94,11 @@ def main(count: int) -> None:
             fmt=parse_kv_format("fp8_e4m3", model_dtype=jnp.bfloat16),
             counted=False,
         )
+        counters = (jnp.zeros((2 * count,), jnp.int32),) * config.num_layers
+        return dataclasses.replace(cache, layer_saturated=counters, layer_underflowed=counters)
 
     cache = jax.eval_shape(new_cache)
-    cache = placed(cache, cache_specs(cache, count))
+    cache = placed(cache, cache_specs(cache, count, own_counters=True))
     whole = lambda tree: placed(tree, jax.tree.map(lambda _: P(), tree))  # noqa: E731
     state = whole(jax.eval_shape(functools.partial(DecodeState.init, 16)))
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
