@@ -31,9 +31,11 @@ from qjax.evaluation.device_time import device_seconds
 from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat, parse_kv_format
+from qjax.nn.rotary import rope_frequencies
 from qjax.ops._paged import decode_by_kernel, decode_problem, paged_attention_unsupported_reason
 from qjax.ops._prefill import prefill_unsupported_reason
 from qjax.ops.attention import paged_attention
+from qjax.ops.key_bias import KeyBias
 from qjax.ops.kv import quantize_kv, read, scale_of
 from qjax.pallas_kernels import paged_decode
 
@@ -74,7 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--formats",
         default="bf16,fp8_e4m3-static,fp8_e4m3-dynamic,fp8_e5m2-static,int8-static,int8-dynamic,"
         "int4-dynamic",
-        help="of the pages: NAME or NAME-MODE (%(default)s)",
+        help="of the pages: NAME, NAME-MODE or NAME-MODE-unbiased, for keys stored without their "
+        "bias (%(default)s)",
     )
     add("--backends", default="mosaic_gpu,xla", help="(%(default)s); cudnn is for --tokens")
     add("--tokens", type=int, default=1, help="new tokens per sequence, the last of the context")
@@ -138,13 +141,15 @@ def case_of(text: str) -> tuple[int, int]:
 
 
 def format_of(text: str) -> KVFormat:
-    """Format of ``NAME`` or ``NAME-MODE``.
+    """Format of ``NAME``, ``NAME-MODE`` or ``NAME-MODE-unbiased``.
 
     Raises:
       ValueError: If it is unknown.
     """
-    name, _, mode = text.partition("-")
-    return parse_kv_format(name, mode=mode or "dynamic", model_dtype=jnp.bfloat16)
+    plain = text.removesuffix("-unbiased")
+    name, _, mode = plain.partition("-")
+    fmt = parse_kv_format(name, mode=mode or "dynamic", model_dtype=jnp.bfloat16)
+    return fmt if plain == text else dataclasses.replace(fmt, without_key_bias=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -206,8 +211,22 @@ def random_cache(
     return cache.with_page_table(tables[0]), tables
 
 
+def key_bias(args: argparse.Namespace, fmt: KVFormat) -> KeyBias | None:
+    """A bias with two outliers per head, where keys are stored without it."""
+    if not fmt.without_key_bias:
+        return None
+    bias = np.zeros((args.kv_heads, args.head_dim), np.float32)
+    bias[:, [1, args.head_dim // 2 - 1]] = 30  # a fast feature and a slow one
+    return KeyBias(jnp.asarray(bias), rope_frequencies(args.head_dim, 1e6, None))
+
+
 def relative_error(
-    out: jax.Array, q: jax.Array, cache: QuantizedKVCache, context: int, window: int | None
+    out: jax.Array,
+    q: jax.Array,
+    cache: QuantizedKVCache,
+    context: int,
+    window: int | None,
+    known: KeyBias | None = None,
 ) -> float:
     """``|out - ref| / |ref|`` of the last tokens of two sequences, for float32 attention."""
     rows = min(2, q.shape[0])
@@ -216,6 +235,8 @@ def relative_error(
     @jax.jit
     def error(out: jax.Array, q: jax.Array, cache: QuantizedKVCache) -> jax.Array:
         k, v = read(cache, 0, jnp.arange(rows, dtype=jnp.int32), context)
+        if known is not None:
+            k = k + known.table(context).swapaxes(0, 1)[None]
         k, v = k[:, first:], v[:, first:]
         heads = cache.num_kv_heads
         wide = q[:rows, -1].astype(jnp.float32).reshape(rows, heads, -1, q.shape[-1])
@@ -274,22 +295,23 @@ def _time_one(
 ) -> Row:
     slots = jnp.arange(row.batch, dtype=jnp.int32)
     lengths = jnp.full((row.batch,), row.context, jnp.int32)
-    scale = args.head_dim**-0.5
+    scale, known = args.head_dim**-0.5, key_bias(args, fmt)
 
     def attend(q: jax.Array, cache: QuantizedKVCache, lengths: jax.Array) -> jax.Array:
         positions = lengths[:, None] + jnp.arange(-args.tokens, 0, dtype=jnp.int32)[None, :]
         if config is None:
             where = positions, slots, lengths
             options = {"scale": scale, "window": args.window, "backend": row.backend}
+            options["key_bias"] = known
             return paged_attention(q, cache, 0, *where, consecutive=True, **options)
         grouped = q.reshape(row.batch, args.kv_heads, -1, args.head_dim)
-        out = decode_by_kernel(
-            grouped, cache, 0, positions, slots, lengths, scale, args.window, config=config
-        )
+        where = positions, slots, lengths, scale, args.window
+        out = decode_by_kernel(grouped, cache, 0, *where, key_bias=known, config=config)
         return out.reshape(q.shape)
 
     compiled = jax.jit(attend).lower(q, cache, lengths).compile()
-    error = relative_error(compiled(q, cache, lengths), q, cache, row.context, args.window)
+    out = compiled(q, cache, lengths)
+    error = relative_error(out, q, cache, row.context, args.window, known)
     row = dataclasses.replace(row, relative_error=error)
     if not error < MAX_ERROR:
         return dataclasses.replace(row, error=f"wrong: relative error {error:.2e}, not timed")

@@ -22,10 +22,11 @@ def parsed(*flags: str) -> argparse.Namespace:
     return bench_attention.build_parser().parse_args([*SMALL, *flags])
 
 
-def test_rows_of_a_tiny_case(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["int8", "int8-dynamic-unbiased"])
+def test_rows_of_a_tiny_case(name, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     output = tmp_path / "rows.jsonl"
-    flags = ["--cases", "40x2", "--formats", "int8", "--backends", "xla", "--launches", "2"]
+    flags = ["--cases", "40x2", "--formats", name, "--backends", "xla", "--launches", "2"]
     assert bench_attention.main([*SMALL, *flags, "--output", str(output)]) == 0
     (row,) = (Row(**json.loads(line)) for line in output.read_text().splitlines())
     assert (row.context, row.batch, row.error, row.skipped) == (40, 2, None, None)
@@ -33,7 +34,7 @@ def test_rows_of_a_tiny_case(capsys, tmp_path, monkeypatch):
     assert row.megabytes == pytest.approx(2 * 2 * 40 * 2 * (32 + 4) / 1e6)
     assert row.tb_per_s == pytest.approx(row.megabytes / row.us)
     assert row.relative_error is not None and 0 < row.relative_error < 5e-3
-    assert "| 40 | 2 | int8 | xla |" in capsys.readouterr().out
+    assert f"| 40 | 2 | {name} | xla |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp8_e4m3-static", "int4-dynamic"])

@@ -76,6 +76,8 @@ def compile_problem(problem: Any, config: Any, soft_cap: float | None, sharding:
 def compile_step(dtype: str, mode: str, tokens: int, sharding: Any) -> dict:
     """Memory of a program that appends to two layers of a donated cache and attends.
 
+    With a mode like ``"static-unbiased"`` keys are stored without their bias.
+
     Returns:
       Bytes of the cache, of it that the program updates in place, of temporaries, the instructions
       that make a new array as large as a page pool, and the number of kernels.
@@ -86,12 +88,16 @@ def compile_step(dtype: str, mode: str, tokens: int, sharding: Any) -> dict:
 
     from qjax.kv_cache import QuantizedKVCache
     from qjax.kv_format import KVFormat
+    from qjax.nn.rotary import rope_frequencies
     from qjax.ops._append import append_by_kernel
     from qjax.ops._paged import decode_by_kernel
+    from qjax.ops.key_bias import KeyBias
     from qjax.ops.kv import append
 
     rows, heads, dim = 16, 8, 128
     ones = np.ones(heads, np.float32)
+    mode, _, unbiased = mode.partition("-")
+    frequencies = rope_frequencies(dim, 1e6, None)
     cache = QuantizedKVCache.init(
         num_layers=2,
         num_kv_heads=heads,
@@ -100,7 +106,7 @@ def compile_step(dtype: str, mode: str, tokens: int, sharding: Any) -> dict:
         page_size=64,
         max_seqs=rows,
         pages_per_seq=32,
-        fmt=KVFormat(dtype, mode),
+        fmt=KVFormat(dtype, mode, without_key_bias=bool(unbiased)),
         static_scales=[(ones, ones)] * 2 if mode == "static" else None,
         counted=False,
     )
@@ -108,13 +114,17 @@ def compile_step(dtype: str, mode: str, tokens: int, sharding: Any) -> dict:
     def shape(x: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    def step(cache: Any, new: Any, q: Any, positions: Any, slots: Any, valid: Any) -> Any:
+    def step(
+        cache: Any, new: Any, q: Any, positions: Any, slots: Any, valid: Any, bias: Any
+    ) -> Any:
         for layer in (0, 1):
             put = append_by_kernel if tokens == 1 else append
             cache = put(cache, layer, new[0], new[1], positions, slots, valid)
             if tokens == 1:
                 lengths = positions[:, 0] + 1
-                q = decode_by_kernel(q, cache, layer, positions, slots, lengths, 0.1, None)
+                known = KeyBias(bias[layer], frequencies) if unbiased else None
+                where = positions, slots, lengths, 0.1, None
+                q = decode_by_kernel(q, cache, layer, *where, key_bias=known)
         return cache, q
 
     arguments = (
@@ -124,6 +134,7 @@ def compile_step(dtype: str, mode: str, tokens: int, sharding: Any) -> dict:
         jnp.zeros((rows, tokens), jnp.int32),
         jnp.zeros((rows,), jnp.int32),
         jnp.zeros((rows, tokens), bool),
+        jnp.zeros((2, heads, dim), jnp.float32),
     )
     shapes = jax.tree.map(shape, arguments)
     compiled = (

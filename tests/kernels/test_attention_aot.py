@@ -83,13 +83,17 @@ def test_append_and_decode_update_a_donated_cache_in_place() -> None:
         ("int8", "tracked", 1),
         ("int4", "dynamic", 1),
         ("int8", "tracked", 64),
+        ("float8_e4m3fn", "static-unbiased", 1),
     ]
     for case, report in zip(cases, _reports(cases), strict=True):
         assert report["in_place"] >= report["cache"], (case, report)
-        assert report["temporary"] < report["cache"] / 20, (case, report)
+        unbiased = case[1].endswith("unbiased")  # 4 MB of logits and 3 MB of a table
+        assert report["temporary"] < report["cache"] / (10 if unbiased else 20), (case, report)
         assert not report["large"], (case, report)
-        if case[2] == 1:  # append, decode and merge in two layers, and the plans they share
-            assert report["kernels"] <= 11, (case, report)
+        # Append, decode and merge in two layers, and the plans they share; for the bias two more
+        # in each, and the table that they share, in three steps.
+        if case[2] == 1:
+            assert report["kernels"] <= 11 + 7 * unbiased, (case, report)
 
 
 def test_every_kind_of_page_and_the_widest_heads() -> None:
@@ -114,7 +118,7 @@ def test_every_kind_of_page_and_the_widest_heads() -> None:
 
 @pytest.mark.slow
 def test_every_supported_problem() -> None:
-    assert not _compile([(problem, None, None) for problem in every_problem()[::7]])
+    assert not _compile([(problem, None, None) for problem in every_problem()[::11]])
 
 
 @pytest.mark.slow
@@ -134,6 +138,11 @@ def test_heuristic_configs_fit_and_fill_the_machine() -> None:
     assert heuristic_config(TYPICAL).splits == 1
     alone = dataclasses.replace(TYPICAL, batch=1, pages_per_seq=512)
     assert heuristic_config(alone).splits * alone.kv_heads >= 264
+    few = dataclasses.replace(alone, kv_heads=4, ratio=7)
+    assert heuristic_config(few).splits * few.kv_heads == 512
+    # No split has nothing to do where the table is full: 500 pages of one tile, 4 for each.
+    odd = dataclasses.replace(few, kv_heads=2, pages_per_seq=500)
+    assert heuristic_config(odd).splits == 125
 
 
 @pytest.mark.parametrize(

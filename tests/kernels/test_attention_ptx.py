@@ -212,7 +212,7 @@ def test_result_and_log_sum(name: str) -> None:
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("splits", "dim"), [(2, 64), (33, 128), (7, 96), (64, 256)])
+@pytest.mark.parametrize(("splits", "dim"), [(2, 64), (33, 128), (7, 96), (64, 256), (128, 64)])
 def test_merge_of_splits(splits: int, dim: int) -> None:
     rng = np.random.default_rng(splits)
     parts = rng.normal(size=(splits, ROWS, dim)).astype(np.float32)
