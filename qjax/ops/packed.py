@@ -24,7 +24,7 @@ from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
 from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles
-from qjax.pallas_kernels import _codes, _layout, weight_only, weight_only_large
+from qjax.pallas_kernels import _codes, _layout, dequantize, weight_only, weight_only_large
 from qjax.pallas_kernels.tuned import tuned_config
 from qjax.quantize import is_quantized, path_string
 from qjax.quantized_array import QuantizedArray, packed_nbytes
@@ -337,16 +337,20 @@ def packed_kernels(
     Arguments as for ``packed_dot``.
 
     Returns:
-      Modules, each with the product as it sees it, its ``Problem``.
+      Modules, each with the product as it sees it, its ``Problem``. If none computes it one that
+      says why.
     """
     if w.fmt.activation is not None:
         return [_w8a8().kernel(x, w, out_dtype=out_dtype)]
     problem = packed_problem(x, w, out_dtype=out_dtype)
-    large = (weight_only_large, problem)
-    if problem.m > weight_only.MAX_ROWS:
-        return [large]
-    few = (weight_only, problem)
-    return [few, large] if weight_only_large.unsupported_reason(problem) is None else [few]
+    kernels: tuple[Any, ...] = (weight_only, weight_only_large)
+    found = [kernel for kernel in kernels if kernel.unsupported_reason(problem) is None]
+    if dequantize.unsupported_reason(problem) is None:
+        if dequantize.PREFERRED_UNASKED and dequantize.preferable(problem):
+            found.insert(0, dequantize)
+        elif found:
+            found.append(dequantize)
+    return [(kernel, problem) for kernel in found or [weight_only_large]]
 
 
 def packed_config(x: Array, w: PackedWeight, *, out_dtype: DType | None = None) -> tuple[Any, str]:
@@ -360,7 +364,8 @@ def packed_config(x: Array, w: PackedWeight, *, out_dtype: DType | None = None) 
     kernels = packed_kernels(x, w, out_dtype=out_dtype)
     tuned = [found for kernel in kernels if (found := tuned_config(*kernel)) is not None]
     if tuned:
-        return min(tuned, key=lambda found: found[1])[0], "tuned"
+        # Times compare for equal numbers of rows.
+        return min(tuned, key=lambda found: (found.rows, found.us)).config, "tuned"
     kernel, problem = kernels[0]
     return kernel.heuristic_config(problem), "heuristic"
 
@@ -428,25 +433,25 @@ def packed_dot(
     flat = x.reshape(-1, x.shape[-1])
     if w.perm is not None:
         flat = jnp.take(flat, w.perm, axis=-1)
+    weight = w.words, w.scales, w.column
+    options: dict[str, Any] = {
+        "kind": w.kind,
+        "config": config,
+        "out_dtype": out_dtype,
+        "keep_splits": keep_splits,
+        "interpret": interpret,
+    }
+    if isinstance(config, dequantize.Config):
+        # The weight becomes of the activations' type, and its columns come in order.
+        out = dequantize.matmul(flat, *weight, alternating=w.alternating, **options)
+        return out.reshape(*out.shape[:-2], *x.shape[:-1], out.shape[-1])
     row_scale = None
     if flat.dtype.name != _compute_dtype(x, w):
         flat, row_scale = _to_float16(flat)
-    large = isinstance(config, weight_only_large.Config)
-    kernel: Any = weight_only_large if large else weight_only
-    options = {"gated": True} if gated else {}
-    out = kernel.matmul(
-        flat,
-        w.words,
-        w.scales,
-        w.column,
-        row_scale,
-        kind=w.kind,
-        config=config,
-        out_dtype=out_dtype,
-        keep_splits=keep_splits,
-        interpret=interpret,
-        **options,
-    )
+    if isinstance(config, weight_only_large.Config):
+        out = weight_only_large.matmul(flat, *weight, row_scale, **options)
+    else:
+        out = weight_only.matmul(flat, *weight, row_scale, gated=gated, **options)
     if w.alternating and not gated:
         out = _layout.swap_halves(out, tile=_layout.BLOCK_N, alternate=False)
     return out.reshape(*out.shape[:-2], *x.shape[:-1], out.shape[-1])

@@ -13,7 +13,7 @@ import pytest
 
 import qjax
 from qjax.ops import packed
-from qjax.pallas_kernels import tuned, w8a8, weight_only, weight_only_large
+from qjax.pallas_kernels import dequantize, tuned, w8a8, weight_only, weight_only_large
 from scripts import autotune
 
 PROBLEM = w8a8.Problem(256, 4096, 4096, "float8_e4m3fn")
@@ -57,9 +57,9 @@ def test_autotune_merges_winners_and_products_use_them(
     monkeypatch.setattr(tuned, "table_path", lambda kind: table)
     tuned.load_table.cache_clear()
     try:
-        assert tuned.tuned_config(w8a8, PROBLEM) == (fast, 8.0)
+        assert tuned.tuned_config(w8a8, PROBLEM) == (fast, 256, 8.0)
         near = dataclasses.replace(PROBLEM, m=200, out_itemsize=4)
-        assert tuned.tuned_config(w8a8, near) == (fast, 8.0)
+        assert tuned.tuned_config(w8a8, near) == (fast, 256, 8.0)
         assert tuned.tuned_config(w8a8, dataclasses.replace(PROBLEM, n=8192)) is None
         assert tuned.tuned_config(w8a8, dataclasses.replace(PROBLEM, m=16)) is None
         w = packed.pack_for_mosaic(
@@ -81,7 +81,10 @@ def test_autotune_needs_rows(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtu
 
 
 def test_every_entry_of_every_shipped_table_fits() -> None:
-    modules = {"w8a8": w8a8, "weight_only": weight_only, "weight_only_large": weight_only_large}
+    modules: dict[str, Any] = {
+        kernel.__name__.rsplit(".", 1)[-1]: kernel
+        for kernel in (dequantize, w8a8, weight_only, weight_only_large)
+    }
     for path in tuned.table_path("any").parent.glob("*.json"):
         for entry in json.loads(path.read_text())["entries"]:
             kernel = modules[entry["kernel"]]

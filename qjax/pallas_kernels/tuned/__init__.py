@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -27,6 +27,14 @@ Table = dict[Key, list[tuple[int, dict[str, Any]]]]  # rows and entry
 _FREE = ("m", "out_itemsize")
 MANY_ROWS = 2048
 """From here on rows only add tiles: the entry with the most rows holds for any greater number."""
+
+
+class Found(NamedTuple):
+    """A measured config: for how many rows, and how long the product took then."""
+
+    config: Any
+    rows: int
+    us: float
 
 
 def table_path(device_kind: str) -> pathlib.Path:
@@ -69,7 +77,7 @@ def choose(entries: list[tuple[int, dict[str, Any]]], m: int) -> dict[str, Any] 
     return entry if last >= MANY_ROWS else None
 
 
-def tuned_config(kernel: Any, problem: Any) -> tuple[Any, float] | None:
+def tuned_config(kernel: Any, problem: Any) -> Found | None:
     """The measured config for a product on the default device.
 
     Args:
@@ -77,7 +85,7 @@ def tuned_config(kernel: Any, problem: Any) -> tuple[Any, float] | None:
       problem: The product in its terms.
 
     Returns:
-      A ``Config`` that fits and the microseconds that were measured, or None if the table has none.
+      A config that fits, or None if the table has none.
     """
     entries = load_table(jax.devices()[0].device_kind).get(
         key_of(kernel.__name__.rsplit(".", 1)[-1], dataclasses.asdict(problem))
@@ -87,4 +95,4 @@ def tuned_config(kernel: Any, problem: Any) -> tuple[Any, float] | None:
         return None
     config = kernel.Config(**entry["config"])
     fits = kernel.config_unsupported_reason(config, problem) is None
-    return (config, entry["us"]) if fits else None
+    return Found(config, entry["problem"]["m"], entry["us"]) if fits else None
