@@ -58,6 +58,7 @@ columns
   floor    those bytes over the memory rate (--rate, or the data sheet), over the time
   vs bf16  time of bf16 pages on the same backend over the time
   vs xla   time of the xla backend over the time, same format
+  kernels  each of a call, in their order: what prepares, attends and merges
 """
 
 
@@ -117,6 +118,7 @@ class Row:
     us: float | None = None
     spread: float | None = None
     kernels: int | None = None
+    kernels_us: str | None = None
     megabytes: float | None = None
     tb_per_s: float | None = None
     tflop_per_s: float | None = None
@@ -335,11 +337,17 @@ def _time_one(
         us=median * 1e6,
         spread=(max(seconds) - min(seconds)) / median,
         kernels=len(kernels[0]) if timing == "cupti" else None,
+        kernels_us=in_parts(kernels) if timing == "cupti" else None,
         megabytes=moved / 1e6,
         tb_per_s=moved / median / 1e12,
         tflop_per_s=4 * row.batch * pairs * args.q_heads * args.head_dim / median / 1e12,
         floor_us=None if rate is None else moved / rate / 1e6,
     )
+
+
+def in_parts(kernels: Sequence[Sequence[float]]) -> str:
+    """Median microseconds of every kernel of a call, from the seconds of each in every call."""
+    return " + ".join(f"{statistics.median(x) * 1e6:.1f}" for x in zip(*kernels, strict=True))
 
 
 def work(args: argparse.Namespace) -> None:
@@ -382,18 +390,18 @@ def table(rows: Sequence[Row]) -> list[str]:
     found = ratios(rows)
     lines = [
         "| context | batch | format | backend | us | TB/s | TFLOP/s | floor | vs bf16 | vs xla "
-        "| error | config |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| error | config | kernels |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         head = f"| {row.context} | {row.batch} | {row.format} | {row.backend} |"
         if row.us is None:
-            lines.append(f"{head} {row.error or f'skipped: {row.skipped}'} ||||||||")
+            lines.append(f"{head} {row.error or f'skipped: {row.skipped}'} |||||||||")
             continue
         floor = None if row.floor_us is None else row.floor_us / row.us
         numbers = [(row.tflop_per_s, ".1f"), (floor, ".1%"), *((x, ".2f") for x in found[row])]
         middle = " | ".join("-" if x is None else format(x, form) for x, form in numbers)
-        end = f"{row.relative_error:.1e} | {row.config or '-'} |"
+        end = f"{row.relative_error:.1e} | {row.config or '-'} | {row.kernels_us or '-'} |"
         lines.append(f"{head} {row.us:.2f} | {row.tb_per_s:.3f} | {middle} | {end}")
     return lines
 

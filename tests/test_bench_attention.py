@@ -12,7 +12,7 @@ import pytest
 from qjax.kv_format import KVFormat
 from qjax.ops.kv import read
 from scripts import bench_attention
-from scripts.bench_attention import Row, case_of, format_of, ratios, table
+from scripts.bench_attention import Row, case_of, format_of, in_parts, ratios, table
 
 ROOT = pathlib.Path(bench_attention.__file__).resolve().parent.parent
 SMALL = ["--q-heads", "4", "--kv-heads", "2", "--head-dim", "32", "--page-size", "16"]
@@ -97,12 +97,19 @@ def test_names():
     assert case_of("8192x64") == (8192, 64)
     assert format_of("int8") == KVFormat("int8", "dynamic")
     assert format_of("fp8_e4m3-static") == KVFormat("float8_e4m3fn", "static")
+    unbiased = KVFormat("float8_e4m3fn", "static", without_key_bias=True)
+    assert format_of("fp8_e4m3-static-unbiased") == unbiased
+
+
+def test_kernels_of_a_call():
+    assert in_parts([[1e-6, 2e-5], [2e-6, 3e-5], [9e-6, 1e-5]]) == "2.0 + 20.0"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--formats", "int5"], "format 'int5' is unknown"),
+        (["--formats", "bf16-none-unbiased"], "only quantized keys gain"),
         (["--cases", "8192"], "case '8192' must be CONTEXTxBATCH"),
         (["--backends", "triton"], "unknown backend 'triton'"),
         (["--q-heads", "3"], "--q-heads 3 must be a multiple"),
