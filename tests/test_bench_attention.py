@@ -109,7 +109,7 @@ def test_kernels_of_a_call():
     ("flags", "message"),
     [
         (["--formats", "int5"], "format 'int5' is unknown"),
-        (["--formats", "bf16-none-unbiased"], "only quantized keys gain"),
+        (["--formats", "bf16-unbiased"], "only quantized keys gain"),
         (["--cases", "8192"], "case '8192' must be CONTEXTxBATCH"),
         (["--backends", "triton"], "unknown backend 'triton'"),
         (["--q-heads", "3"], "--q-heads 3 must be a multiple"),
