@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import importlib
 import importlib.util
 import json
@@ -27,40 +26,25 @@ import numpy as np
 from qjax._device import compiler_options, device_info
 from qjax.evaluation.device_time import device_seconds
 from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
+from qjax.evaluation.products import (
+    MAX_ERROR,
+    SHAPES,
+    activations,
+    entry_of,
+    error_program,
+    kernel_configs,
+    quantized_activations,
+    reference_program,
+    shape_of,
+    weight_values,
+)
 from qjax.formats import FORMATS, QuantFormat, parse_format
 from qjax.ops.dot import quantized_dot, unsupported_reason
-from qjax.ops.packed import (
-    PackedWeight,
-    pack_for_mosaic,
-    pack_unsupported_reason,
-    packed_config,
-    packed_dot,
-    packed_kernels,
-)
-from qjax.pallas_kernels import plain, weight_only
+from qjax.ops.packed import PackedWeight, pack_for_mosaic, pack_unsupported_reason, packed_dot
+from qjax.pallas_kernels import plain
 from qjax.quantize import quantize, quantized_nbytes
 
-SHAPES: dict[str, tuple[int, int]] = {
-    "8b_qkv": (4096, 6144),
-    "8b_o": (4096, 4096),
-    "8b_gate_up": (4096, 28672),
-    "8b_down": (14336, 4096),
-    "8b_lm_head": (4096, 128256),
-    "70b_qkv": (8192, 10240),
-    "70b_o": (8192, 8192),
-    "70b_gate_up": (8192, 57344),
-    "70b_down": (28672, 8192),
-    "qwen3_8b_gate_up": (4096, 24576),
-    "qwen3_8b_down": (12288, 4096),
-    "qwen3_8b_lm_head": (4096, 151936),
-    "ideal": (8192, 33792),  # 132 multiprocessors times 256 features
-}
-"""``(k, n)`` of linear layers, projections that share their input fused."""
-
 BACKENDS = ("xla", "mosaic_gpu")
-MAX_ERROR = 5e-3
-"""Largest relative error that is timed: thrice the rounding of a bfloat16 result (1.65e-3), which
-leaves room for weights that a backend rounds to bfloat16."""
 
 EPILOG = """\
 examples
@@ -74,8 +58,8 @@ columns
   floor    the larger of bytes over memory rate and operations over matrix rate (data sheet), over
            the time
   vs bf16  time of bf16 on the xla backend over the time, same shape and rows
-  config   where the kernel's config comes from: the table of measured ones, its heuristic, or the
-           best of --search
+  config   the kernel (dequantize: a 16-bit copy of the weight and XLA's product) and where its
+           config comes from: the table of measured ones, its heuristic, or --search
 """
 
 
@@ -131,47 +115,11 @@ class Row:
     error: str | None = None
 
 
-def shape_of(name: str) -> tuple[int, int]:
-    """``(k, n)`` of a name or of ``KxN``.
-
-    Raises:
-      ValueError: If it is neither.
-    """
-    if name in SHAPES:
-        return SHAPES[name]
-    parts = name.split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"unknown shape {name!r}; use KxN or one of {', '.join(SHAPES)}")
-    return int(parts[0]), int(parts[1])
-
-
 def relative_error(out: jax.Array, x: jax.Array, w: Any, fmt: QuantFormat | None) -> float:
     """``|out - ref| / |ref|`` for the float32 product of the quantized operands."""
-    xq: Any = x
-    if fmt is not None and fmt.activation is not None:
-        # In a program of its own: within one, XLA on GPUs takes the rounding to fp8 and back for
-        # excess and drops it.
-        xq = quantize(x, fmt.activation, axis=-1, dtype=jnp.float32)
     platform = jax.devices()[0].platform
-    return float(_error_program(platform)(out, xq, w))
-
-
-@functools.cache
-def _error_program(platform: str) -> Any:
-    """Compiled once for all configs, and without autotuning, which would take seconds."""
-
-    def error(out: jax.Array, x: Any, w: Any) -> jax.Array:
-        wide, weight = (dequantized(value) for value in (x, w))
-        reference = jnp.dot(wide, weight, precision=jax.lax.Precision.HIGHEST)
-        return jnp.linalg.norm(out.astype(jnp.float32) - reference) / jnp.linalg.norm(reference)
-
-    def dequantized(value: Any) -> jax.Array:
-        if isinstance(value, jax.Array):
-            return value.astype(jnp.float32)
-        return value.dequantize(jnp.float32)
-
-    options = {"xla_gpu_autotune_level": 0} if platform == "gpu" else None
-    return jax.jit(error, compiler_options=options)
+    reference = reference_program(platform)(quantized_activations(x, fmt), w)
+    return float(error_program(platform)(out, reference))
 
 
 def floor_seconds(row: Row, fmt: QuantFormat | None, weight_bytes: int) -> float | None:
@@ -192,7 +140,7 @@ def measure(args: argparse.Namespace, row: Row, weights: Sequence[Any]) -> list[
     Returns:
       The fastest config (with ``--every`` all that ran), and every one that failed.
     """
-    x = jax.random.normal(jax.random.key(row.m), (row.m, row.k), jnp.float32).astype(jnp.bfloat16)
+    x = activations(row.m, row.k)
     configs: list[tuple[Any, str]] = [(None, row.backend)]
     if row.backend == "mosaic_gpu":
         reason = unsupported_reason(x, weights[0])
@@ -203,25 +151,6 @@ def measure(args: argparse.Namespace, row: Row, weights: Sequence[Any]) -> list[
     timed = [row for row in found if row.us is not None]
     best = timed if args.every else [min(timed, key=lambda row: row.us or 0.0)] if timed else []
     return best + [row for row in found if row.error is not None]
-
-
-def kernel_configs(x: jax.Array, w: Any, search: int) -> list[tuple[Any, str]]:
-    """The heuristic's config and ``search`` others, each with where it comes from."""
-    if isinstance(w, jax.Array):
-        m, (k, n) = x.shape[0], w.shape
-        best = plain.heuristic_config(m, k, n)
-        others = [config for config in plain.search_space(m, k, n) if config != best]
-        others = others[:: max(1, len(others) // max(1, search))][:search]
-        return [(best, "heuristic"), *((other, "search") for other in others)]
-    best, source = packed_config(x, w)
-    found = []
-    for kernel, problem in packed_kernels(x, w):
-        others = kernel.search_space(problem)
-        if kernel is weight_only:
-            # Evenly over the space, whose neighbours are alike; the others' is sorted.
-            others = others[:: max(1, len(others) // max(1, search))]
-        found += [(other, "search") for other in others if other != best][:search]
-    return [(best, source), *found]
 
 
 def time_one(
@@ -236,13 +165,7 @@ def time_one(
     named = None if config is None else str(config)
     row = dataclasses.replace(row, config=named, config_source=source)
     if config is not None and isinstance(weights[0], PackedWeight):
-        _, problem = packed_kernels(x, weights[0])[0]
-        details = {
-            "kernel": type(config).__module__.rsplit(".", 1)[-1],
-            "problem": dataclasses.asdict(problem),
-            "config": dataclasses.asdict(config),
-        }
-        row = dataclasses.replace(row, details=json.dumps(details))
+        row = dataclasses.replace(row, details=entry_of(x, weights[0], config))
     try:
         return _time_one(args, row, x, weights, config)
     except Exception as error:  # whatever it is, it is a finding, and the other configs go on
@@ -300,7 +223,7 @@ def work(args: argparse.Namespace) -> None:
     for shape in args.shapes.split(","):
         k, n = shape_of(shape)
         row = Row(shape, k, n, 0, args.formats, args.backends)
-        w: Any = jax.random.normal(jax.random.key(0), (k, n), jnp.float32) * k**-0.5
+        w: Any = weight_values(jax.random.key(0), k, n)
         w = w.astype(jnp.bfloat16) if fmt is None else quantize(w, fmt, dtype=jnp.bfloat16)
         skipped = None
         if args.backends == "mosaic_gpu" and fmt is not None:

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import jax.numpy as jnp
 
@@ -269,7 +270,8 @@ def heuristic_config(p: Problem) -> Config:
 
 
 def search_space(p: Problem) -> list[Config]:
-    """Configs worth timing for a problem, for an autotuner."""
+    """Configs worth timing for a problem, for an autotuner: the heuristic's neighbours first."""
+    best = heuristic_config(p)
     pipelining = (False, True) if _pipelining_fits(p) else (False,)
     product = itertools.product((1, 2, 3, 4), (2, 3, 4, 6, 8), (1, 2, 4, 7, 8), pipelining)
     configs = (
@@ -278,7 +280,19 @@ def search_space(p: Problem) -> list[Config]:
         )
         for warpgroups, stages, splits, pipelined in product
     )
-    return [config for config in configs if config_unsupported_reason(config, p) is None]
+    found = [config for config in configs if config_unsupported_reason(config, p) is None]
+
+    def distance(config: Config) -> float:
+        """In doublings of a number; overlapping counts as one."""
+        numbers = (
+            (config.warpgroups, best.warpgroups),
+            (config.stages, best.stages),
+            (config.splits, best.splits),
+        )
+        doublings = sum(abs(math.log2(a / b)) for a, b in numbers)
+        return doublings + (config.pipelined != best.pipelined)
+
+    return sorted(found, key=distance)
 
 
 def matmul(
