@@ -34,6 +34,7 @@ def test_the_nearest_greater_number_of_rows_is_chosen() -> None:
     for m, rows in ((16, 16), (9, 16), (17, None), (33, 64), (64, 64), (65, None), (600, 1024)):
         assert tuned.choose(entries, m) == (None if rows is None else {"stages": rows})
     assert tuned.choose(entries, 2000) is None
+    assert tuned.choose([(8, {"stages": 8})], 1) == {"stages": 8}
     assert tuned.choose([(4096, {"stages": 3})], 100_000) == {"stages": 3}
 
 

@@ -7,7 +7,9 @@
 
 where ``problem`` and ``config`` hold the fields of the kernel's own dataclasses. A product takes
 the config of an entry that differs from it in nothing but the number of rows (and the type of the
-result), if the numbers are near; else the kernel's heuristic decides.
+result), if the numbers are near (``choose``); if several kernels have one, the fastest. For all
+else, such as layers of another shape, the kernels' heuristics decide: what is best for one shape
+may not even divide another.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ Table = dict[Key, list[tuple[int, dict[str, Any]]]]  # rows and entry
 
 # What a config does not depend on; whether it fits is checked.
 _FREE = ("m", "out_itemsize")
+_FEWEST_ROWS = 8
 MANY_ROWS = 2048
 """From here on rows only add tiles: the entry with the most rows holds for any greater number."""
 
@@ -63,6 +66,8 @@ def load_table(device_kind: str) -> Table:
 def choose(entries: list[tuple[int, dict[str, Any]]], m: int) -> dict[str, Any] | None:
     """The entry for ``m`` rows: the least that is as many, if that is less than twice as many.
 
+    Up to eight rows count as eight, which is what every kernel computes then.
+
     Args:
       entries: ``(rows, entry)`` in ascending order.
       m: Rows.
@@ -72,7 +77,7 @@ def choose(entries: list[tuple[int, dict[str, Any]]], m: int) -> dict[str, Any] 
     """
     for rows, entry in entries:
         if m <= rows:
-            return entry if rows < 2 * m else None
+            return entry if rows < 2 * max(m, _FEWEST_ROWS) else None
     last, entry = entries[-1]
     return entry if last >= MANY_ROWS else None
 
