@@ -45,21 +45,15 @@ CASES: dict[str, tuple[KVFormat, Sizes, list[int], Config]] = {
     ),
     "e4m3_unbiased": (
         KVFormat("float8_e4m3fn", "static", without_key_bias=True),
-        Sizes(2, 7, 64, dtype="float16"),
+        Sizes(1, 7, 64, page=256, dtype="float16"),
         [130, 0, 70],
         Config(64, 2),
     ),
     "int8_unbiased_window_cap_splits": (
         KVFormat("int8", "dynamic", without_key_bias=True),
-        Sizes(1, 1, 64, page=32, window=100, soft_cap=50.0),
+        Sizes(2, 4, 64, page=32, window=100, soft_cap=50.0),
         [200],
         Config(128, 2, 2),
-    ),
-    "int4_unbiased_large_pages": (
-        KVFormat("int4", "tracked", without_key_bias=True),
-        Sizes(1, 4, 64, page=256),
-        [300],
-        Config(128, 2),
     ),
 }
 
