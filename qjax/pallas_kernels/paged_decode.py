@@ -175,10 +175,10 @@ def heuristic_config(p: Problem) -> Config:
             stages = candidate
     config = Config(tokens, stages)
     blocks = min(_BLOCKS_PER_SM, _SM_SHARED_BYTES // (smem_bytes(config, p) + 1024))
-    # Splits only fill multiprocessors that would idle, in one wave. Shorter than four tiles, a split
-    # is mostly filling its stages. More stages would not help then: at 1 x 32768 tokens of fp8 and 8
-    # heads, 512 blocks have 25 MB in flight, and 4.5 TB/s times a latency of 1 us is 4.5 MB. Fewer
-    # blocks would not either: each of them computes one tile after the other.
+    # Splits only fill multiprocessors that would idle, in one wave. Shorter than four tiles, a
+    # split is mostly filling its stages. More stages would not help then: at 1 x 32768 tokens of
+    # fp8 and 8 heads, 512 blocks have 25 MB in flight, and 4.5 TB/s times a latency of 1 us is 4.5
+    # MB. Fewer blocks would not either: each of them computes one tile after the other.
     room = max(1, blocks) * _SM_COUNT // (p.batch * p.kv_heads)
     tiles = -(-p.page_size * p.pages_per_seq // tokens)
     splits = max(1, min(room, tiles // 4, _MAX_SPLITS))
