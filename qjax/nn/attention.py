@@ -7,14 +7,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.calibration.rotation import random_hadamard, rotate
 from qjax.kv_cache import QuantizedKVCache
 from qjax.nn.layers import QuantDense, RMSNorm, Taps
-from qjax.nn.rotary import RopeScaling, apply_rotary, rope_frequencies
+from qjax.nn.rotary import RopeScaling, rope_frequencies
 from qjax.ops.attention import attention, paged_attention
 from qjax.ops.key_bias import KeyBias
-from qjax.ops.kv import append
+from qjax.ops.rotary import Projected, rotary_table, rotate_and_append, rotate_heads
 
 
 class Attention(nn.Module):
@@ -36,7 +37,7 @@ class Attention(nn.Module):
       param_dtype: Dtype of freshly initialised parameters.
       out_init_std: Standard deviation of a freshly initialised output projection.
       dot_backend: Passed to ``quantized_dot``.
-      attention_backend: Passed to ``paged_attention``.
+      attention_backend: Passed to ``paged_attention``; ``"xla"`` is for the cache's update too.
       keep_splits: Return ``(s, b, t, hidden)``, to be summed over ``s``.
       sum_over: Mesh axis of ``jax.shard_map`` over whose devices the result is summed: the heads
         are those of one device.
@@ -88,12 +89,6 @@ class Attention(nn.Module):
             bias that the layer does not have.
         """
         b, t, hidden_size = x.shape
-        common: dict[str, Any] = {
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-            "backend": self.dot_backend,
-        }
-
         fmt = None if cache is None else cache.formats[self.layer]
         unbiased = fmt is not None and fmt.without_key_bias
         if fmt is not None and unbiased and (self.qk_norm or not self.use_bias):
@@ -101,56 +96,44 @@ class Attention(nn.Module):
                 f"layer {self.layer} has the KV format {fmt.name}, but its "
                 "keys have no bias that could be left out"
             )
-
-        heads = (self.num_q_heads, self.num_kv_heads, self.num_kv_heads)
-        add_bias = (self.use_bias, self.use_bias and not unbiased, self.use_bias)
-        sizes = [self.head_dim * count for count in heads]
-        if self.has_variable("params", "qkv_proj"):
-            joined = QuantDense(sum(sizes), name="qkv_proj", **common)(x)
-            parts = jnp.split(joined, [sizes[0], sizes[0] + sizes[1]], axis=-1)
-            parts = [
-                part + self._bias(name).reshape(1, 1, -1) if wanted else part
-                for part, name, wanted in zip(parts, "qkv", add_bias, strict=True)
-            ]
-        else:
-            parts = [
-                QuantDense(size, self.use_bias, add_bias=wanted, name=f"{name}_proj", **common)(x)
-                for size, name, wanted in zip(sizes, "qkv", add_bias, strict=True)
-            ]
-        q, k, v = (
-            part.reshape(b, t, count, self.head_dim)
-            for part, count in zip(parts, heads, strict=True)
-        )
+        common: dict[str, Any] = {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "backend": self.dot_backend,
+        }
+        projected = self._project(x, unbiased, common)
+        q, k, v = projected.heads(self.num_q_heads, self.num_kv_heads, self.head_dim)
         if self.qk_norm:
             q = RMSNorm(self.norm_eps, self.dtype, self.param_dtype, name="q_norm")(q)
             k = RMSNorm(self.norm_eps, self.dtype, self.param_dtype, name="k_norm")(k)
-        q = apply_rotary(q, positions, self.rope_theta, self.rope_scaling)
-        k = apply_rotary(k, positions, self.rope_theta, self.rope_scaling)
+        table = rotary_table(positions, *self._rotation())
 
         scale = self.head_dim**-0.5
         if cache is None:
+            q, k = rotate_heads(q, table), rotate_heads(k, table)
             mask = None if valid is None else jnp.broadcast_to(valid[:, None, :], (b, t, t))
             out = attention(q, k, v, scale=scale, window=self.window, mask=mask)
         else:
             if slots is None or valid is None:
                 raise ValueError("attention over a cache needs slots and valid")
-            queries, keys = q, k
-            if fmt is not None and fmt.mixes_keys:
-                basis = random_hadamard(self.head_dim)
-                queries, keys = (rotate(x, basis).astype(x.dtype) for x in (q, k))
-            cache = append(
+            q, k, cache = rotate_and_append(
                 cache,
                 self.layer,
-                keys,
+                q,
+                k,
                 v,
+                table,
                 positions,
                 slots,
                 valid,
-                backend=self.attention_backend,
+                projected=None if self.qk_norm else projected,
+                mix=self._mix if fmt is not None and fmt.mixes_keys else None,
+                # Another backend's name is for attention; it says nothing about the cache.
+                backend="xla" if self.attention_backend == "xla" else None,
             )
             lengths = jnp.max(jnp.where(valid, positions + 1, 0), axis=1)
             out = paged_attention(
-                queries,
+                q,
                 cache,
                 self.layer,
                 positions,
@@ -175,6 +158,34 @@ class Attention(nn.Module):
         taps = {"q_proj": x, "k_proj": x, "v_proj": x, "o_proj": out, "keys": k, "values": v}
         return o_proj(out), cache, taps
 
+    def _project(self, x: jax.Array, unbiased: bool, common: dict[str, Any]) -> Projected:
+        """Queries, keys and values; keys without their bias if ``unbiased``."""
+        counts = (self.num_q_heads, self.num_kv_heads, self.num_kv_heads)
+        sizes = [self.head_dim * count for count in counts]
+        add_bias = (self.use_bias, self.use_bias and not unbiased, self.use_bias)
+        if self.has_variable("params", "qkv_proj"):
+            joined = QuantDense(sum(sizes), keep_splits=True, name="qkv_proj", **common)
+            q, k, v = (
+                self._bias(name) if wanted else None
+                for name, wanted in zip("qkv", add_bias, strict=True)
+            )
+            return Projected((joined(x),), (q, k, v), self.dtype)
+        parts = [
+            QuantDense(size, self.use_bias, add_bias=wanted, name=f"{name}_proj", **common)(x)
+            for size, name, wanted in zip(sizes, "qkv", add_bias, strict=True)
+        ]
+        return Projected(tuple(part[None] for part in parts), (None, None, None), self.dtype)
+
+    def _rotation(self) -> tuple[np.ndarray, float]:
+        """Angle per position of every pair of features, and a factor of what is rotated."""
+        scaling = self.rope_scaling
+        frequencies = rope_frequencies(self.head_dim, self.rope_theta, scaling)
+        return frequencies, 1.0 if scaling is None else scaling.attention_factor
+
+    def _mix(self, x: jax.Array) -> jax.Array:
+        """Queries or keys in a basis in which their features are about equally large."""
+        return rotate(x, random_hadamard(self.head_dim)).astype(x.dtype)
+
     def _bias(self, name: str) -> jax.Array:
         """Bias of a projection that is joined with others, which keep their own."""
         return self.get_variable("params", f"{name}_proj")["bias"].astype(self.dtype)
@@ -182,8 +193,4 @@ class Attention(nn.Module):
     def _key_bias(self) -> KeyBias:
         """What keys in the cache lack; in float32, since nothing forces it into fewer bits."""
         bias = self.get_variable("params", "k_proj")["bias"].astype(jnp.float32)
-        return KeyBias(
-            bias.reshape(self.num_kv_heads, self.head_dim),
-            rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling),
-            1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor,
-        )
+        return KeyBias(bias.reshape(self.num_kv_heads, self.head_dim), *self._rotation())

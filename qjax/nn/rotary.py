@@ -11,10 +11,9 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.ops.key_bias import rotate
+from qjax.ops.rotary import rotary_table, rotate_heads
 
 ROPE_TYPES = ("linear", "llama3", "yarn")
 
@@ -132,7 +131,6 @@ def apply_rotary(
     Returns:
       Same shape and dtype as ``x``.
     """
-    freqs = rope_frequencies(x.shape[-1], theta, scaling)
-    angles = positions[..., None, None].astype(jnp.float32) * freqs.reshape(1, 1, 1, -1)
+    frequencies = rope_frequencies(x.shape[-1], theta, scaling)
     factor = 1.0 if scaling is None else scaling.attention_factor
-    return rotate(x.astype(jnp.float32), angles, factor).astype(x.dtype)
+    return rotate_heads(x, rotary_table(positions, frequencies, factor))

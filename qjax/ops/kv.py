@@ -29,7 +29,11 @@ import jax.numpy as jnp
 from qjax import numerics
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import CLIP_FACTORS, KVFormat
-from qjax.ops._append import append_by_kernel, kernel_by_default
+from qjax.ops._append import (
+    append_by_kernel,
+    append_unsupported_reason,
+    choose_append_backend,
+)
 from qjax.typing import Array, DType
 
 # One step of the float32 exponent: subtracting it from the bits of a normal number halves it.
@@ -178,16 +182,22 @@ def append(
       positions: int32 ``[b, t]``, position of each token in its sequence.
       slots: int32 ``[b]``, slot of each row.
       valid: bool ``[b, t]``; False for padding.
-      backend: ``"xla"`` for XLA's form; else the kernel may be used (see ``ops._append``).
+      backend: ``"mosaic_gpu"`` (one token per row, on Hopper), ``"xla"``, or None, with which the
+        kernel runs where it can once it does so by default (``ops._append``).
 
     Returns:
       The cache with the tokens stored, statistics and counters updated.
 
     Raises:
-      ValueError: If the layer does not exist or shapes disagree.
+      ValueError: If the layer or the backend does not exist, or shapes disagree.
+      NotImplementedError: If the named backend cannot run; says why.
     """
-    _check_append(cache, layer, keys, values, positions, slots, valid)
-    if backend != "xla" and kernel_by_default(cache, layer, keys):
+    check_append(cache, layer, keys, values, positions, slots, valid)
+
+    def reason() -> str | None:
+        return append_unsupported_reason(cache, layer, keys)
+
+    if choose_append_backend("append", backend, reason) == "mosaic_gpu":
         return append_by_kernel(cache, layer, keys, values, positions, slots, valid)
     fmt, page_size = cache.formats[layer], cache.page_size
     b, t, heads, _ = keys.shape
@@ -294,7 +304,7 @@ def _replaced(items: tuple, index: int, item: Array | None) -> tuple:
     return (*items[:index], item, *items[index + 1 :])
 
 
-def _check_append(
+def check_append(
     cache: QuantizedKVCache,
     layer: int,
     keys: Array,
@@ -303,6 +313,7 @@ def _check_append(
     slots: Array,
     valid: Array,
 ) -> None:
+    """Raises ValueError unless the arguments are as ``append`` needs them."""
     if not 0 <= layer < cache.num_layers:
         raise ValueError(f"{layer=} must be in 0..{cache.num_layers - 1}")
     tail = (cache.num_kv_heads, cache.head_dim)

@@ -297,6 +297,16 @@ class Ptx:
         text = f"ld.global.nc.v2.b32 {{$0, $1}}, [$2+{offset}];"
         return self.asm(text, "rr", address, memory=True)
 
+    def load_floats(self, address: Value, count: int, offset: int = 0) -> list[Value]:
+        """Neighbouring float32, two or a multiple of four, that nothing writes meanwhile."""
+        result = []
+        for begin in range(0, count, 4):
+            n = min(count - begin, 4)
+            registers = ", ".join(f"${i}" for i in range(n))
+            text = f"ld.global.nc.v{n}.b32 {{{registers}}}, [${n}+{offset + 4 * begin}];"
+            result += self.asm(text, "f" * n, address, memory=True)
+        return result
+
     def store_global(
         self, address: Value, value: Value, bits: int, x: Value, limit: Value | int
     ) -> None:
