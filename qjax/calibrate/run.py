@@ -80,7 +80,8 @@ def calibrate_checkpoint(
     Raises:
       CheckpointError: If the source cannot be read, or the export format cannot hold the result;
         before any work.
-      ValueError: If settings do not fit the model or each other.
+      ValueError: If settings do not fit the model or each other, or ``output`` is or holds the
+        source.
     """
     clock = PhaseClock() if clock is None else clock
     run = _Run(Path(source), settings, samples, batch_tokens, clock)
@@ -112,6 +113,10 @@ def calibrate_checkpoint(
 def _check_target(run: _Run, output: Path, export: str, overwrite: bool) -> None:
     if export not in EXPORTS:
         raise ValueError(f"unknown {export=}; choose one of {', '.join(EXPORTS)}")
+    source = run.folder.resolve()
+    if output.resolve() in (source, *source.parents):
+        # Replacing it would delete the only copy of the original weights.
+        raise ValueError(f"{output} is or holds the model {source} itself; choose another folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
         raise CheckpointError(f"{output} exists and is not empty; choose another, or overwrite it")
     factory = EXPORT_FORMATS.get(export)

@@ -25,12 +25,18 @@ def read_documents(path: str | Path) -> list[str]:
       ValueError: If the file is not what its name says, or holds no document.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); convert it") from None
     if path.suffix == ".jsonl":
         lines = [line for line in text.splitlines() if line.strip()]
         documents = [_field(path, number, line) for number, line in enumerate(lines, 1)]
     elif path.suffix == ".json":
-        documents = json.loads(text)
+        try:
+            documents = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error})") from None
         if not isinstance(documents, list) or not all(isinstance(d, str) for d in documents):
             raise ValueError(f"{path} must hold a list of strings")
     else:

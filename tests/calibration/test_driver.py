@@ -16,6 +16,7 @@ from qjax.calibrate.block import LayerResult, scale_channels
 from qjax.calibrate.linears import GROUPS, Batch, run_block
 from qjax.calibrate.report import plot_errors
 from qjax.calibrate.store import BlockStore
+from qjax.calibrate.text import read_documents
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.export import save_model
 from qjax.checkpoints.hf import load_model
@@ -241,6 +242,31 @@ def test_refusals_come_before_work(
     assert script.main(arguments + options) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("output", [".", "..", "link"])
+def test_the_source_is_never_replaced(
+    output: str, checkpoint: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = checkpoint.parent / "link"
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoint)
+    before = _contents(checkpoint)
+    target = link if output == "link" else checkpoint / output
+    arguments = ["--model", str(checkpoint), "--output", str(target), "--overwrite", "--quiet"]
+    assert script.main([*arguments, "--method", "rtn"]) == 2
+    assert "itself; choose another folder" in capsys.readouterr().err
+    assert _contents(checkpoint) == before
+    link.unlink()
+
+
+def test_text_that_cannot_be_read_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="a.txt is not UTF-8"):
+        read_documents(tmp_path / "a.txt")
+    (tmp_path / "a.json").write_text("[")
+    with pytest.raises(ValueError, match="a.json is not JSON"):
+        read_documents(tmp_path / "a.json")
 
 
 def test_samples_are_spread_over_the_documents_and_cut() -> None:
