@@ -255,6 +255,11 @@ def test_run_folder_refuses_other_settings(tmp_path: Path) -> None:
         store.check_settings({"hidden_size": 64}, TRAINING)
     with pytest.raises(ValueError, match=r"training\.seed: 0 -> 3"):
         store.check_settings({"hidden_size": 32}, dataclasses.replace(TRAINING, seed=3))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match="holds a model and no run to resume"):
+        folder.RunFolder(tmp_path / "model").check_settings({"hidden_size": 32}, TRAINING)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.safetensors"]
     store.save_history([(32, 5.0), (64, 4.00001)])
     assert store.load_history(1) == [(32, 5.0)] and store.load_history(0) == []
 

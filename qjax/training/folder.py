@@ -112,7 +112,8 @@ class RunFolder:
         Budgets may change: the learning rate then goes on from the fraction of the new one.
 
         Raises:
-          ValueError: If the run in this folder was started with other settings, naming them.
+          ValueError: If the run in this folder was started with other settings, naming them, or
+            the folder holds a model and no run.
         """
         settings = {**model, "training": dataclasses.asdict(training)}
         for budget in ("max_steps", "max_seconds"):
@@ -120,6 +121,12 @@ class RunFolder:
         settings = json.loads(json.dumps(settings))
         path = self.run / "settings.json"
         if not path.exists():
+            # Such as that of --init-from or --teacher, which the new model would replace.
+            if any(self.directory.glob("*.safetensors")):
+                raise ValueError(
+                    f"{str(self.directory)!r} holds a model and no run to resume; use another "
+                    "output directory"
+                )
             write_json(path, settings)
             return
         before = flatten_dict(json.loads(path.read_text(encoding="utf-8")), sep=".")
