@@ -97,7 +97,16 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; by default with the begin-of-sequence id where the model has one."""
+        """Token ids of a text; by default with the begin-of-sequence id where the model has one.
+
+        Raises:
+          ValueError: If the text holds half of a surrogate pair, as bytes that are not UTF-8 become
+            in command-line arguments.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text is no Unicode at character {error.start}") from None
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

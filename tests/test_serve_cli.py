@@ -282,6 +282,9 @@ def test_bytes_that_are_no_text_are_refused(model, tmp_path, capsys):
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfgood\nbad \xff\n")
     assert serve_main(model, "--prompts", tmp_path / "p.txt") == 2
     assert "p.txt:2: not UTF-8 (invalid start byte at byte 4)" in capsys.readouterr().err
+    # As Python reads arguments that are not UTF-8.
+    assert serve_main(model, "--prompt", "good", "--prompt", "bad \udcff") == 2
+    assert "--prompt 2: the text is no Unicode at character 4" in capsys.readouterr().err
 
 
 def test_missing_files_are_named(model, tmp_path, capsys):
