@@ -345,6 +345,8 @@ def packed_kernels(
     problem = packed_problem(x, w, out_dtype=out_dtype)
     kernels: tuple[Any, ...] = (weight_only, weight_only_large)
     found = [kernel for kernel in kernels if kernel.unsupported_reason(problem) is None]
+    if len(found) == 2 and weight_only.crowded(problem):
+        found.reverse()
     if dequantize.unsupported_reason(problem) is None:
         if dequantize.PREFERRED_UNASKED and dequantize.preferable(problem):
             found.insert(0, dequantize)

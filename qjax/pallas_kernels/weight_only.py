@@ -231,8 +231,18 @@ def _max_warpgroups(p: Problem) -> int:
     return {(64, 1): 3, (64, 2): 2, (64, 4): 1, (32, 4): 3}.get((p.rows, _groups_per_step(p)), 4)
 
 
-def heuristic_config(p: Problem) -> Config:
-    """A config for any supported problem; each branch says what decides it."""
+def crowded(p: Problem) -> bool:
+    """Whether a CTA gets fewer warpgroups than it should because registers are short.
+
+    The sums of groups in bfloat16 take as many as the total, which leaves two warpgroups of 64 rows
+    instead of four for 4096 x 28672 in groups of 128: 35.5 us on an H200, where four with float16
+    weights took 28.0. ``weight_only_large`` has no second set of sums, and four.
+    """
+    return _cut(p, 4)[0] > _cut(p, _max_warpgroups(p))[0]
+
+
+def _cut(p: Problem, most: int) -> tuple[int, int]:
+    """The best numbers of warpgroups, at most ``most``, and splits."""
     tiles, steps = p.n // _layout.BLOCK_N, p.k // _layout.BLOCK_K
 
     def rank(choice: tuple[int, int]) -> tuple[float, int]:
@@ -247,14 +257,20 @@ def heuristic_config(p: Problem) -> Config:
     # and draining its stages.
     choices = [
         (warpgroups, splits)
-        for warpgroups in range(1, _max_warpgroups(p) + 1)
+        for warpgroups in range(1, most + 1)
         for splits in range(1, 17)
         if tiles % warpgroups == 0
         and not (p.gated and (warpgroups % 2 or splits > 1))
         and steps % splits == 0
         and (splits == 1 or steps // splits >= 8 and tiles // warpgroups * splits <= SM_COUNT)
     ]
-    warpgroups, splits = max(choices, key=rank)
+    return max(choices, key=rank)
+
+
+def heuristic_config(p: Problem) -> Config:
+    """A config for any supported problem; each branch says what decides it."""
+    warpgroups, splits = _cut(p, _max_warpgroups(p))
+    steps = p.k // _layout.BLOCK_K
     # Eight-bit weights wait for memory alone; with four bits the arithmetic takes as long, and
     # four warpgroups (one CTA per multiprocessor anyway) have the registers to overlap the two.
     even = (steps // splits) % 2 == 0

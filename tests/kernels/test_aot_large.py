@@ -34,6 +34,8 @@ BRANCHES: list[tuple[Problem, Config]] = [
     (Problem(4096, 4096, 4096, "int8", None, False, "bfloat16"), Config(256, 4, 2)),
     (Problem(64, 4096, 28672, "int4", 128, False, "bfloat16"), Config(80, 6, 2, 1, 4)),
     (Problem(64, 4096, 28672, E4M3, 128, False, "bfloat16"), Config(80, 5, 1, 1, 4)),
+    (Problem(64, 4096, 28672, "int4", 128, False, "bfloat16"), Config(64, 8, 2, 1, 4)),
+    (Problem(64, 14336, 4096, "int4", 32, True, "bfloat16"), Config(64, 8, 2, 8, 4)),
     (Problem(128, 4096, 6144, "int4", 32, True, "bfloat16"), Config(160, 5, 1, 1, 3)),
     (Problem(64, 4096, 28672, "int4", 128, False, "int8"), Config(80, 5, 1, 1, 4)),
     (Problem(112, 4096, 6144, "int4", 128, False, "int8"), Config(112, 5, 1, 1, 3)),
@@ -70,4 +72,4 @@ def test_every_branch() -> None:
 
 @pytest.mark.slow
 def test_every_shipped_config() -> None:
-    assert not compile_all("tests.kernels.aot_large", list(_shipped((65, 128, 512, 4096))))
+    assert not compile_all("tests.kernels.aot_large", list(_shipped((64, 65, 128, 512, 4096))))

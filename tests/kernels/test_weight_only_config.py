@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qjax.pallas_kernels import _codes, weight_only
+import qjax
+from qjax.ops.packed import pack_for_mosaic, packed_kernels
+from qjax.pallas_kernels import _codes, weight_only, weight_only_large
 from qjax.pallas_kernels.weight_only import (
     SHARED_MEMORY_BYTES,
     Config,
@@ -21,7 +24,7 @@ from qjax.pallas_kernels.weight_only import (
     smem_bytes,
     unsupported_reason,
 )
-from tests.kernels.problems import SHAPES, shipped
+from tests.kernels.problems import SHAPES, WEIGHTS, shipped
 
 PROBLEM = Problem(8, 4096, 4096, "int4", 128)
 
@@ -72,6 +75,22 @@ def test_shared_memory_counts_every_buffer() -> None:
     words, scales = 3 * 2 * 4096, 3 * 4 * 2 * 128 * 2
     activations, result, barriers = 3 * 16 * 256, 16 * 128 * 4, 1024
     assert smem_bytes(Config(2, 3), p) == words + scales + activations + result + barriers
+
+
+def test_products_that_lack_registers_go_to_the_other_kernel() -> None:
+    """Never up to 16 rows, whose configs were measured; with 64 where two warpgroups are left."""
+    for name, (k, n) in SHAPES.items():
+        for m in (1, 16):
+            for weight in WEIGHTS:
+                assert not weight_only.crowded(Problem(m, k, n, *weight)), (name, weight)
+    wide = Problem(64, 4096, 28672, "int4", 128, compute="bfloat16")
+    assert weight_only.crowded(wide)
+    assert not weight_only.crowded(dataclasses.replace(wide, compute="float16"))
+    assert not weight_only.crowded(dataclasses.replace(wide, n=6144))
+    w = pack_for_mosaic(qjax.quantize(jnp.ones((1024, 28672), jnp.bfloat16), qjax.INT4_G128))
+    for m, first in ((16, weight_only), (64, weight_only_large)):
+        x: Any = jax.ShapeDtypeStruct((m, 1024), jnp.bfloat16)
+        assert packed_kernels(x, w)[0][0] is first
 
 
 def test_shipped_configs_are_distinct() -> None:

@@ -1,0 +1,89 @@
+"""Dequantizing once: when it is chosen, and what fits; plain integers, no device."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qjax
+from qjax.ops.packed import pack_for_mosaic, packed_config, packed_kernels
+from qjax.pallas_kernels import dequantize, weight_only, weight_only_large
+from qjax.pallas_kernels.dequantize import Config, Problem, config_unsupported_reason
+from tests.kernels.problems import SHAPES, WEIGHTS
+
+PROBLEM = Problem(4096, 4096, 28672, "int4", 128, compute="bfloat16")
+
+
+def test_estimates_are_bytes_and_operations() -> None:
+    weights = 4096 * 28672
+    moved = weights / 2 + weights / 128 * 4 + 2 * weights
+    assert dequantize.dequantize_seconds(PROBLEM) == pytest.approx(moved / 4.2e12 + 3e-6)
+    flops = 2 * 4096 * weights
+    assert dequantize.library_seconds(PROBLEM) == pytest.approx(flops / 740e12 + 3e-6)
+
+
+@pytest.mark.parametrize(("kind", "group", "rows"), [("int4", 128, 900), ("int8", None, 1050)])
+def test_preferable_from_about_a_thousand_rows(kind: str, group: int | None, rows: int) -> None:
+    base = dataclasses.replace(PROBLEM, kind=kind, group_size=group)
+    for name, (k, n) in SHAPES.items():
+        few, many = (dataclasses.replace(base, m=m, k=k, n=n) for m in (rows - 150, 2 * rows))
+        assert not dequantize.preferable(few) and dequantize.preferable(many), name
+    assert dequantize.preferable(dataclasses.replace(PROBLEM, m=300, n=64 * 3))
+
+
+def test_products_take_it_only_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the heuristic; measuring tools see it as the last candidate all the same."""
+    w = pack_for_mosaic(qjax.quantize(jnp.ones((512, 128), jnp.bfloat16), qjax.INT4_G128))
+
+    def kernels(m: int) -> list[Any]:
+        x: Any = jax.ShapeDtypeStruct((2, m // 2, 512), jnp.bfloat16)
+        return [kernel for kernel, _ in packed_kernels(x, w)]
+
+    monkeypatch.setattr(dequantize, "PREFERRED_UNASKED", False)
+    assert kernels(16384) == [weight_only_large, dequantize]
+    assert kernels(254) == [weight_only_large]
+    assert kernels(16) == [weight_only, weight_only_large]
+    monkeypatch.setattr(dequantize, "PREFERRED_UNASKED", True)
+    assert kernels(256) == [weight_only_large, dequantize]
+    many: Any = jax.ShapeDtypeStruct((1 << 20, 512), jnp.bfloat16)
+    assert packed_config(many, w) == (Config(4, 2), "heuristic")
+
+
+def test_a_weight_of_64_columns_more_has_no_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = pack_for_mosaic(qjax.quantize(jnp.ones((128, 192), jnp.bfloat16), qjax.INT8_CHANNEL))
+    x: Any = jax.ShapeDtypeStruct((300, 128), jnp.bfloat16)
+    for preferred, kernel in ((False, weight_only_large), (True, dequantize)):
+        monkeypatch.setattr(dequantize, "PREFERRED_UNASKED", preferred)
+        assert [kernel for kernel, _ in packed_kernels(x, w)] == [kernel]
+
+
+def test_configs() -> None:
+    for m, k, n in ((256, 128, 64), (4096, 4096, 28672), (300, 384, 192)):
+        for kind, group, zero_point, compute in WEIGHTS:
+            p = Problem(m, k, n, kind, group, zero_point, compute)
+            configs = dequantize.search_space(p)
+            assert len(set(configs)) == len(configs) > 0
+            assert all(config_unsupported_reason(config, p) is None for config in configs)
+            assert config_unsupported_reason(dequantize.heuristic_config(p), p) is None
+    assert "no multiple of 4 * 128" in (
+        config_unsupported_reason(Config(4, 2), dataclasses.replace(PROBLEM, k=256)) or ""
+    )
+    for bad in ({"steps": 3}, {"steps": 2, "buffers": 3}, {"buffers": 0}):
+        with pytest.raises(ValueError, match="must be"):
+            Config(**bad)
+
+
+def test_refusals() -> None:
+    x = jnp.zeros((16, 256), jnp.bfloat16)
+    w = pack_for_mosaic(qjax.quantize(jnp.ones((256, 64), jnp.bfloat16), qjax.INT8_CHANNEL))
+    parts = w.words, w.scales, w.column
+    with pytest.raises(NotImplementedError, match="m=16 rows; dequantizing first is for 256"):
+        dequantize.matmul(x, *parts, kind="int8")
+    with pytest.raises(NotImplementedError, match="float32 activations"):
+        dequantize.dequantize(*parts, kind="int8", dtype=jnp.float32)
+    with pytest.raises(NotImplementedError, match=r"k=256 is no multiple of 4 \* 128"):
+        dequantize.dequantize(*parts, kind="int8", dtype=jnp.float16, config=Config(4))
