@@ -90,8 +90,12 @@ def check_args(args: argparse.Namespace) -> dict[str, QuantFormat | None]:
         value = getattr(args, name)
         if value is not None and value < (2 if name == "seq_len" else 1):
             raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
-    if args.memory_only and args.text:
-        raise ValueError("--memory-only scores no text; leave --text out")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ValueError(f"--output-dir {args.output_dir} is a file; give a folder")
+    for name in ("text", "max_tokens", "seq_len", "separator", "no_speed"):
+        if args.memory_only and getattr(args, name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--memory-only scores no text; leave --{flag} out")
     if not args.memory_only and not args.text:
         raise ValueError("--text is needed to score the formats, or --memory-only for sizes only")
     if args.quantization_param_path and ":static" not in args.kv_cache_dtypes:
@@ -161,7 +165,7 @@ def sequences(args: argparse.Namespace, loaded: LoadedModel, text: str, seq_len:
 
 def scored_rows(args: argparse.Namespace, formats: dict[str, QuantFormat | None]) -> list[Row]:
     text = read_text(args.text)
-    folder = resolve_folder(args.model or bundled_model_path())
+    folder = resolve_folder(bundled_model_path() if args.model is None else args.model)
     scales = None
     if args.quantization_param_path is not None:
         scales = read_kv_scale_file(args.quantization_param_path, ModelConfig.from_hf(folder))
@@ -249,5 +253,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

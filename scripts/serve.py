@@ -287,7 +287,7 @@ def generate(args: argparse.Namespace) -> None:
         )
     prompts = gather_prompts(args.prompt, args.prompts) if args.port is None else []
     defaults = sampling_defaults(args)
-    folder = resolve_folder(args.model or bundled_model_path())
+    folder = resolve_folder(bundled_model_path() if args.model is None else args.model)
     model_config = ModelConfig.from_hf(folder)
     check_devices(
         model_config,

@@ -127,6 +127,8 @@ def test_memory_only_needs_no_weights(model: Path, tmp_path: Path) -> None:
     [
         ("", "--text is needed"),
         ("--text t --memory-only", "leave --text out"),
+        ("--memory-only --seq-len 64", "leave --seq-len out"),
+        ("--memory-only --no-speed", "leave --no-speed out"),
         ("--text t --configs c", "needs --memory-only"),
         ("--text t --quantization-param-path s", "s: no KV cache type uses it"),
         ("--text t --formats int5", "unknown format 'int5'"),
@@ -140,6 +142,12 @@ def test_errors_come_before_any_work(argv: str, message: str, tmp_path: Path) ->
     with pytest.raises(ValueError, match=message):
         compare.main([*argv.split(), "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError, match="out is a file; give a folder"):
+        compare.main(["--text", "none.txt", "--output-dir", str(tmp_path / "out")])
 
 
 def test_quantized_models_are_scored_as_they_are(model: Path, text: Path, tmp_path: Path) -> None:

@@ -292,6 +292,9 @@ def test_missing_files_are_named(model, tmp_path, capsys):
     assert "no.txt: No such file or directory" in capsys.readouterr().err
     assert serve_main(tmp_path / "nowhere", "--prompt", "a") == 2
     assert "nowhere does not exist" in capsys.readouterr().err
+    # A variable that is not set in a shell, not a wish for the bundled model.
+    assert serve.main(["--model", "", "--prompt", "a"]) == 2
+    assert "the model's name is empty" in capsys.readouterr().err
     assert serve_main(tmp_path, "--prompts", tmp_path) == 2
     assert "prompts are read from .txt or .jsonl files" in capsys.readouterr().err
 

@@ -204,6 +204,8 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
     Raises:
       CheckpointError: If it is neither a folder nor a model that can be downloaded.
     """
+    if not str(path):  # would be the current folder
+        raise CheckpointError("the model's name is empty; give a folder or a hub id")
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
