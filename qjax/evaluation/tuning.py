@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax._device import compiler_options, device_info
+from qjax._device import device_info
 from qjax.evaluation.device_time import device_seconds
 from qjax.evaluation.products import (
     MAX_ERROR,
@@ -151,9 +151,11 @@ class Tuner:
     ) -> dict[str, Any]:
         lowered = jax.jit(lambda x, w: self._product(x, w, config)).lower(x, weights[0])
         if isinstance(config, dequantize.Config):
-            # XLA tries its algorithms for the product on the device while it compiles.
+            # XLA tries cuBLAS's algorithms for the product on the device while it compiles. Its own
+            # (Triton) would take many seconds of it, for every shape.
+            options = {"xla_gpu_enable_triton_gemm": False} if self._platform == "gpu" else None
             with self.turn():
-                compiled = lowered.compile(compiler_options=compiler_options(None))
+                compiled = lowered.compile(compiler_options=options)
         else:
             compiled = lowered.compile(compiler_options=quick_options(self._platform))
         shape = jax.ShapeDtypeStruct(reference.shape, x.dtype)
