@@ -153,9 +153,11 @@ class Tuner:
         if isinstance(config, dequantize.Config):
             # XLA tries cuBLAS's algorithms for the product on the device while it compiles. Its own
             # (Triton) would take many seconds of it, for every shape.
-            options = {"xla_gpu_enable_triton_gemm": False} if self._platform == "gpu" else None
+            library: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
             with self.turn():
-                compiled = lowered.compile(compiler_options=options)
+                compiled = lowered.compile(
+                    compiler_options=library if self._platform == "gpu" else None
+                )
         else:
             compiled = lowered.compile(compiler_options=quick_options(self._platform))
         shape = jax.ShapeDtypeStruct(reference.shape, x.dtype)
