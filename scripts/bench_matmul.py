@@ -77,7 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--formats", default="bf16,int4,int4_g32,int4_g128_asym,int8,fp8,w8a8_fp8,w8a8_int8")
     add("--rows", default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192", help="(%(default)s)")
     add("--backends", default=",".join(BACKENDS), help="(%(default)s)")
-    add("--search", type=int, default=0, metavar="N", help="also time N configs of the kernel")
+    add(
+        "--search",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also N configs of the kernel, and half as many of others",
+    )
     add("--every", action="store_true", help="report every config, not only the fastest")
     add("--rotate-mb", type=float, default=320.0, help="weights to rotate over (%(default)s)")
     add("--launches", type=int, default=24, help="launches per measurement (%(default)s)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import qjax
+from qjax.evaluation.products import entry_of, kernel_configs
 from qjax.ops.packed import pack_for_mosaic, packed_config, packed_kernels
 from qjax.pallas_kernels import dequantize, weight_only, weight_only_large
 from qjax.pallas_kernels.dequantize import Config, Problem, config_unsupported_reason
@@ -51,6 +53,18 @@ def test_products_take_it_only_when_told(monkeypatch: pytest.MonkeyPatch) -> Non
     assert kernels(256) == [weight_only_large, dequantize]
     many: Any = jax.ShapeDtypeStruct((1 << 20, 512), jnp.bfloat16)
     assert packed_config(many, w) == (Config(4, 2), "heuristic")
+
+
+def test_it_is_among_the_configs_to_time() -> None:
+    w = pack_for_mosaic(qjax.quantize(jnp.ones((512, 128), jnp.bfloat16), qjax.INT4_G128))
+    x = jnp.zeros((256, 512), jnp.bfloat16)
+    configs = kernel_configs(x, w, 3)
+    sources = [source for _, source in configs]
+    assert sources[0] == "weight_only_large: heuristic"
+    assert sources[1:] == ["weight_only_large: search"] * 3 + ["dequantize: search"] * 2
+    entry = json.loads(entry_of(x, w, configs[-1][0]))
+    assert entry["kernel"] == "dequantize" and Config(**entry["config"]) == configs[-1][0]
+    assert Problem(**entry["problem"]).m == 256
 
 
 def test_a_weight_of_64_columns_more_has_no_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

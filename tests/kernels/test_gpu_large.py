@@ -108,10 +108,10 @@ def test_groups_of_scale_zero(rng: np.random.Generator) -> None:
     _check(x, w, out, tolerances.F32_SUM_GPU)
 
 
-@pytest.mark.parametrize("name", ["int4_g128", "int8_channel"])
+@pytest.mark.parametrize("name", ["int4_g128", "int4_g32_asym", "int8_channel"])
 def test_large_layers(name: str, rng: np.random.Generator) -> None:
-    """Many tiles per CTA, for layers of an 8B model."""
-    for m, k, n in ((2048, 4096, 6144), (128, 14336, 4096)):
+    """Many tiles per CTA, and few rows that would lack registers, for layers of an 8B model."""
+    for m, k, n in ((2048, 4096, 6144), (128, 14336, 4096), (64, 4096, 28672), (40, 14336, 4096)):
         x, w = _operands(rng, m, k, n, name)
         out = jax.jit(packed_dot)(x, w)
 
