@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import qjax.nn.attention as nn_attention
+import qjax.ops.rotary as ops_rotary
 from qjax import evaluation
 from qjax.assets import bundled_model_path
 from qjax.checkpoints.hf import LoadedModel, load_model
@@ -302,7 +302,7 @@ def test_tracking_costs_nothing_after_an_outlier_that_breaks_the_model(
 
 
 def _append_with_outlier(monkeypatch: pytest.MonkeyPatch, keys: float, values: float) -> None:
-    append = nn_attention.append
+    append = ops_rotary.append
 
     def with_outlier(cache, layer, k, v, positions, *rest, **options):
         late = (positions == 300)[:, :, None, None]
@@ -310,4 +310,4 @@ def _append_with_outlier(monkeypatch: pytest.MonkeyPatch, keys: float, values: f
         v = jnp.where(late, v * jnp.float32(values), v)
         return append(cache, layer, k, v, positions, *rest, **options)
 
-    monkeypatch.setattr(nn_attention, "append", with_outlier)
+    monkeypatch.setattr(ops_rotary, "append", with_outlier)
