@@ -1,13 +1,15 @@
 """Compile the append kernel, with rotation and without, for sm_90a without a GPU; see ``aot``.
 
 A program of its own: ``python -m tests.kernels.aot_append < cases.json`` prints one JSON line per
-case.
+case: an append to one layer, or a whole decode step with the kernel.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 import sys
 from typing import Any
 
@@ -83,11 +85,102 @@ def compile_case(case: dict, sharding: Any) -> Report:
     return compile_program(rotated, cache, product, biases, array((rows, 1, dim), "f4"), *where)
 
 
+def compile_step(case: dict, sharding: Any) -> dict:
+    """Compile the decode loop of a small model.
+
+    Args:
+      case: ``step`` (fields of a ``KVFormat``), ``layers``, ``batch``, ``bias`` (whether
+        projections have biases) and ``kernel`` (whether the append kernel is used).
+      sharding: Where arrays lie.
+
+    Returns:
+      Bytes of the cache and of what is updated in place, the instructions that make a new array as
+      large as a page pool, and the number of kernels in a step.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    import qjax
+    from qjax.generate import DecodeState, decode
+    from qjax.kv_cache import QuantizedKVCache
+    from qjax.kv_format import KVFormat
+    from qjax.models.config import ModelConfig
+    from qjax.models.decoder import Decoder
+    from qjax.models.fusion import fuse_layer
+    from qjax.ops import _append, _paged, dot, norm, packed
+
+    modules: list[Any] = [_append, _paged, dot, norm, packed]
+    for module in modules:  # the default device of this process is no GPU
+        module.mosaic_gpu_unsupported_reason = lambda: None
+    setattr(_append, "_KERNEL_BY_DEFAULT", case["kernel"])  # noqa: B010
+    config = ModelConfig(
+        vocab_size=1024,
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_layers=case["layers"],
+        num_q_heads=8,
+        num_kv_heads=2,
+        head_dim=128,
+        attention_bias=case["bias"],
+    )
+    rows = case["batch"]
+
+    def weights() -> Any:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        init = Decoder(config, param_dtype=jnp.bfloat16).init(jax.random.key(0), tokens)
+        params = qjax.quantize_tree(init["params"], {"model/.*kernel": qjax.INT4_G128})
+        for i in range(config.num_layers):
+            name = f"layers_{i}"
+            params["model"][name] = packed.pack_tree(fuse_layer(params["model"][name]))
+        return params
+
+    def new_cache() -> QuantizedKVCache:
+        return QuantizedKVCache.init(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            num_pages=rows * 16,
+            page_size=64,
+            max_seqs=rows,
+            pages_per_seq=16,
+            fmt=KVFormat(**case["step"]),
+            counted=False,
+        )
+
+    shapes = [weights, new_cache, functools.partial(DecodeState.init, rows), lambda: jnp.int32(4)]
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        [jax.eval_shape(make) for make in shapes],
+    )
+    step = functools.partial(decode, Decoder(config).apply, (), 4, True, True)
+    traced = jax.jit(step, donate_argnums=(1, 2)).trace(*arguments)
+    compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
+    # The computation that calls the kernels is the body of the loop over tokens.
+    parts = re.split(r"\n(?=%|ENTRY)", text)
+    body = max(parts, key=lambda part: part.count('custom_call_target="mosaic_gpu'))
+    cache = arguments[1]
+    pool = ",".join(map(str, cache.keys[0].shape))
+    return {
+        "cache": cache.nbytes,
+        "in_place": memory.alias_size_in_bytes,
+        "large": re.findall(rf"= \w+\[{pool}\]\S* (?:copy|transpose|convert)\(.*", text),
+        "appends": len(re.findall(r"(?m) custom-call\(.*/kv_append_", body)),
+        # Without what only converts a weight.
+        "kernels": len(re.findall(r"(?m)^ *(?! |%wrapped_conv).* (?:fusion|custom-call)\(", body)),
+    }
+
+
 def main() -> None:
     """Read a JSON list of cases from standard input; write a report for each."""
     sharding = target_sharding()
     for case in json.load(sys.stdin):
-        print(json.dumps(dataclasses.asdict(compile_case(case, sharding))), flush=True)
+        if "step" in case:
+            report = compile_step(case, sharding)
+        else:
+            report = dataclasses.asdict(compile_case(case, sharding))
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":
