@@ -58,9 +58,6 @@ def call(
             for i in range(config.steps)
         ]
         for i in range(config.steps):
-            slot = i % config.buffers
-            if i >= config.buffers:
-                plgpu.wait_smem_to_gmem(config.buffers - 1, wait_read_only=True)
             step = first + i
             stored = [
                 [
@@ -69,11 +66,14 @@ def call(
                 ]
                 for g in range(groups)
             ]
-            pieces = _weights(packed[i], stored, column, kind, interpret)
-            smem = out_smem.at[slot]
+            wide = _weights(packed[i], stored, column, kind, interpret)
+            pieces = [piece.astype(dtype) for piece in wide]
+            smem = out_smem.at[i % config.buffers]
+            if i >= config.buffers:
+                plgpu.wait_smem_to_gmem(config.buffers - 1, wait_read_only=True)
             width = _BLOCK_K // len(pieces)
             for g, piece in enumerate(pieces):
-                smem.at[:, pl.ds(g * width, width)][...] = piece.astype(dtype)
+                smem.at[:, pl.ds(g * width, width)][...] = piece
             plgpu.commit_smem()
             rows, columns = pl.ds(place * _BLOCK_N, _BLOCK_N), pl.ds(step * _BLOCK_K, _BLOCK_K)
             plgpu.copy_smem_to_gmem(smem, gmem["out"].at[rows, columns])
