@@ -49,9 +49,11 @@ class Part:
         head = p.minimum(warp, source.heads - 1)
         # For int4 half of a lane's elements are from each half of the head, as they share bytes.
         halves = 2 if self.sizes.fmt.packed and part != "queries" else 1
+        # All that is read is asked for at once: waiting for memory is what takes the time.
+        known = None if part == "queries" else _look_up(self, part, warp, head)
         x = _elements(self, source, head, lane, halves)
-        if part != "queries":
-            _store(self, part, x, warp, head, lane)
+        if known is not None:
+            _store(self, part, x, known, head, lane)
             return
         size = source.heads * self.sizes.head_dim
         at = p.address(self.places["queries"], p.mul(self.row, size), 2)
@@ -70,65 +72,66 @@ def _elements(t: Part, source: Source, head: Value, lane: Value, halves: int) ->
     """A lane's elements as float32 that ``sizes.dtype`` has, rotated if they are to be."""
     p, dim = t.p, t.sizes.head_dim
     run = dim // 32 // halves
-    in_head = p.mul(lane, run)
-    column = p.add(p.mul(head, dim), in_head)
+    column = p.add(p.mul(head, dim), p.mul(lane, run))
     at = p.add(p.add(p.mul(t.row, source.stride), column), source.first)
+    array = t.places[source.array]
+    words, parts, bias, table = [], [], [], []
     if source.splits == 0:
-        x = _read(t, p.address(t.places[source.array], at, 2), run, halves)
-    else:
-        at = p.address(t.places[source.array], at, 4)
-        parts = []
-        for split in range(source.splits):
-            begin = p.offset(at, split * t.sizes.rows * source.stride * 4)
-            parts.append(
-                [
-                    value
-                    for half in range(halves)
-                    for value in p.load_floats(begin, run, half * dim * 2)
-                ]
-            )
+        words = _words(t, p.address(array, at, 2), run, halves)
+    for split in range(source.splits):
+        begin = p.offset(p.address(array, at, 4), split * t.sizes.rows * source.stride * 4)
+        loaded = [p.load_floats(begin, run, half * dim * 2) for half in range(halves)]
+        parts.append(list(itertools.chain(*loaded)))
+    if source.bias is not None:
+        bias = _words(t, p.address(t.places[source.bias], column, 2), run, halves)
+    if source.rotates:
+        pair = p.mul(lane if halves == 2 else p.bits_and(lane, 15), run)
+        at = p.address(t.places["table"], p.add(p.mul(t.row, dim), pair), 4)
+        table = [p.load_floats(at, run), p.load_floats(at, run, dim * 2)]
+    if parts:
         x = parts[0]
         for part in parts[1:]:
             x = [p.fadd(a, b) for a, b in zip(x, part, strict=True)]
         x = _rounded(t, x)
-    if source.bias is not None:
-        bias = _read(t, p.address(t.places[source.bias], column, 2), run, halves)
-        x = _rounded(t, [p.fadd(a, b) for a, b in zip(x, bias, strict=True)])
-    return _rounded(t, _rotated(t, x, lane, run, halves)) if source.rotates else x
-
-
-def _rotated(t: Part, x: list[Value], lane: Value, run: int, halves: int) -> list[Value]:
-    """``ops.rotary.rotate``, contracted as LLVM does it: ``fma(own, cos, other * sin)``."""
-    p, dim = t.p, t.sizes.head_dim
-    pair = p.mul(lane if halves == 2 else p.bits_and(lane, 15), run)
-    at = p.address(t.places["table"], p.add(p.mul(t.row, dim), pair), 4)
-    cos, sin = p.load_floats(at, run), p.load_floats(at, run, dim * 2)
-    if halves == 2:
-        minus = p.integer(_SIGN)
-        others, cos = x[run:] + x[:run], cos * 2
     else:
+        x = _unpacked(t, words)
+    if bias:
+        both = zip(x, _unpacked(t, bias), strict=True)
+        x = _rounded(t, [p.fadd(a, b) for a, b in both])
+    return _rounded(t, _rotated(t, x, *table, lane)) if table else x
+
+
+def _rotated(
+    t: Part, x: list[Value], cos: list[Value], sin: list[Value], lane: Value
+) -> list[Value]:
+    """``ops.rotary.turn``, contracted as LLVM does it: ``fma(own, cos, other * sin)``."""
+    p, run = t.p, len(cos)
+    if len(x) == run:
         # The other of a pair is 16 lanes away: lanes of the first half subtract.
         minus = p.choose_below(lane, 16, p.integer(_SIGN), p.integer(0))
         others = [p.shuffle_xor(value, 16) for value in x]
-    negative = [p.bits_float(p.bits_xor(p.float_bits(value), minus)) for value in sin]
-    sin = negative + sin if halves == 2 else negative
+    else:
+        minus = p.integer(_SIGN)
+        others, cos = x[run:] + x[:run], cos * 2
+    signed = [p.bits_float(p.bits_xor(p.float_bits(value), minus)) for value in sin]
+    sin = signed if len(x) == run else signed + sin
     return [
         p.fma(own, c, p.fmul(other, s))
         for own, other, c, s in zip(x, others, cos, sin, strict=True)
     ]
 
 
-def _read(t: Part, address: Value, run: int, halves: int) -> list[Value]:
-    """16-bit values as float32."""
-    words = [
+def _words(t: Part, address: Value, run: int, halves: int) -> list[Value]:
+    """Pairs of 16-bit values, ``run`` from each half."""
+    return [
         t.p.load_global(address, half * t.sizes.head_dim + 2 * i)
         for half in range(halves)
         for i in range(0, run, 2)
     ]
-    return _unpacked(t, words)
 
 
 def _unpacked(t: Part, words: list[Value]) -> list[Value]:
+    """Both 16-bit values of each as float32."""
     p = t.p
     result = []
     for word in words:
@@ -146,36 +149,67 @@ def _rounded(t: Part, x: list[Value]) -> list[Value]:
     return _unpacked(t, [t.p.pack(x[i], x[i + 1], short) for i in range(0, len(x), 2)])
 
 
-def _store(t: Part, part: str, x: list[Value], warp: Value, head: Value, lane: Value) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """Where a head is stored, and what was known before it.
+
+    Attributes:
+      page: Its page; too large for a head that is not stored.
+      place: Its place in the page.
+      index: 0 for keys, 1 for values.
+      statistic_at: Address of its running statistic; None if there is none.
+      statistic: Bits of that.
+      scale: Its static scale, or None.
+    """
+
+    page: Value
+    place: Value
+    index: int
+    statistic_at: Value | None
+    statistic: Value | None
+    scale: Value | None
+
+
+def _look_up(t: Part, part: str, warp: Value, head: Value) -> _Known:
+    p, sizes = t.p, t.sizes
+    heads, index = sizes.keys.heads, 0 if part == "keys" else 1
+    at_plan = p.address(t.places["plan"], p.mul(t.row, 3), 4)
+    page, place, slot = (p.load_global(at_plan, 4 * i) for i in range(3))
+    at, old, scale = None, None, None
+    if sizes.fmt.mode == "tracked":
+        where = p.add(p.add(p.mul(slot, heads), head), index * sizes.max_seqs * heads)
+        at = p.address(t.places["running"], where, 4)
+        old = p.load_global_now(at)
+    elif sizes.fmt.mode == "static":
+        scale = p.load_global(p.address(t.places[f"static_{part}"], head, 4), out="f")
+    page = p.choose_below(warp, heads, page, p.integer(_DROPPED))
+    return _Known(page, place, index, at, old, scale)
+
+
+def _store(t: Part, part: str, x: list[Value], known: _Known, head: Value, lane: Value) -> None:
     """Quantize a head and write it, its scale and statistics."""
     p, sizes, places = t.p, t.sizes, t.places
-    fmt, heads, name = sizes.fmt, sizes.keys.heads, part[:-1]
-    at_plan = p.address(places["plan"], p.mul(t.row, 3), 4)
-    page, place, slot = (p.load_global(at_plan, 4 * i) for i in range(3))
-    page = p.choose_below(warp, heads, page, p.integer(_DROPPED))
+    fmt, heads, page = sizes.fmt, sizes.keys.heads, known.page
     token = p.add(p.mul(page, heads), head)
-    token = p.add(p.mul(token, sizes.page_size), place)
+    token = p.add(p.mul(token, sizes.page_size), known.place)
     once = p.choose_below(lane, 1, page, p.integer(_DROPPED))
     sizes_of_x = [p.bits_and(p.float_bits(value), 0x7FFFFFFF) for value in x]
-    scale = None
+    scale = known.scale
     if fmt.mode == "none":
         limit = p.number(_ptx.float_bits_of(fmt.bound))
-    elif fmt.mode == "static":
-        scale = p.load_global(p.address(places[f"static_{part}"], head, 4), out="f")
+    elif scale is not None:
         limit = p.fmul(scale, p.number(_ptx.float_bits_of(fmt.bound)))
     else:
         absmax = _largest_finite(p, sizes_of_x)
-        if fmt.mode == "tracked":
-            ended = p.choose_below(place, sizes.page_size - 1, p.integer(_DROPPED), once)
-            index = 0 if part == "keys" else 1
+        if known.statistic is not None:
             # The old statistic, halved in its exponent; what is no normal number becomes 0.
-            where = p.add(p.add(p.mul(slot, heads), head), index * sizes.max_seqs * heads)
-            at = p.address(places["running"], where, 4)
-            absmax = p.max_signed(absmax, p.add(p.load_global_now(at), -(1 << 23)))
+            absmax = p.max_signed(absmax, p.add(known.statistic, -(1 << 23)))
             absmax = p.choose_below(absmax, 1 << 23, p.integer(0), absmax)
-            p.store_global(at, absmax, 32, once, sizes.num_pages)
+            p.store_global(known.statistic_at, absmax, 32, once, sizes.num_pages)
             if sizes.page_running:
-                where = p.add(p.mul(p.add(p.mul(page, 2), index), heads), head)
+                last = sizes.page_size - 1
+                ended = p.choose_below(known.place, last, p.integer(_DROPPED), once)
+                where = p.add(p.mul(p.add(p.mul(page, 2), known.index), heads), head)
                 at = p.address(places["page_running"], where, 4)
                 p.store_global(at, absmax, 32, ended, sizes.num_pages)
         limit = p.bits_float(absmax)
@@ -185,7 +219,7 @@ def _store(t: Part, part: str, x: list[Value], warp: Value, head: Value, lane: V
         if sizes.clip_factors:
             signs = (1, -1) if part == "keys" else (1,)
             scale = _best_scale(p, sizes, x, sizes_of_x, scale, signs)
-        at = p.address(places[f"{name}_scales"], token, 4)
+        at = p.address(places[f"{part[:-1]}_scales"], token, 4)
         p.store_global(at, p.float_bits(scale), 32, once, sizes.num_pages)
     x = [_finite(p, value, size, limit) for value, size in zip(x, sizes_of_x, strict=True)]
     if scale is not None:
