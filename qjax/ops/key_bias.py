@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.ops.rotary import turn
 from qjax.typing import Array
 
 
@@ -36,8 +37,7 @@ def rotate(x: Array, angles: Array, factor: float = 1.0) -> Array:
       float32 ``[..., head_dim]``.
     """
     cos, sin = jnp.cos(angles) * jnp.float32(factor), jnp.sin(angles) * jnp.float32(factor)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turn(x, cos, sin)
 
 
 @dataclasses.dataclass(frozen=True)
