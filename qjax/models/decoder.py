@@ -14,10 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qjax.formats import QuantFormat
 from qjax.kv_cache import QuantizedKVCache
 from qjax.models.config import ModelConfig
 from qjax.nn import Attention, GatedMLP, QuantDense, RMSNorm, TensorParallel
-from qjax.nn.layers import Taps
+from qjax.nn.layers import Taps, codes_format
 from qjax.ops.dot import quantized_dot
 
 
@@ -79,7 +80,10 @@ class DecoderLayer(nn.Module):
         out_init_std = 0.02 / (2 * c.num_layers) ** 0.5
         norms: dict[str, Any] = {"backend": self.dot_backend, **dtypes}
         norm = RMSNorm(c.rms_norm_eps, name="input_layernorm", **norms)
-        x, h = (x, norm(x)) if delta is None else norm(x, delta)
+        if delta is None:
+            h = norm(x)
+        else:
+            x, h = norm(x, delta, self._codes("self_attn", "qkv_proj", x))
         attn = Attention(
             layer=self.layer,
             num_q_heads=c.num_q_heads,
@@ -101,7 +105,8 @@ class DecoderLayer(nn.Module):
             **dtypes,
         )
         h, cache, attn_taps = attn(h, positions, cache, slots, valid)
-        x, h = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm", **norms)(x, h)
+        norm = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm", **norms)
+        x, h = norm(x, h, self._codes("mlp", "gate_up_proj", x))
         mlp = GatedMLP(
             c.intermediate_size,
             use_bias=c.mlp_bias,
@@ -118,6 +123,11 @@ class DecoderLayer(nn.Module):
         if keep_delta:
             return (x, delta), cache, taps
         return x + delta.astype(jnp.float32).sum(0).astype(x.dtype), cache, taps
+
+    def _codes(self, block: str, name: str, x: jax.Array) -> QuantFormat | None:
+        """Format in which a projection takes its input from the kernel that normalises it."""
+        params = self.variables.get("params", {})
+        return codes_format(params.get(block, {}), name, x.shape, x.dtype)
 
 
 class Embedding(nn.Module):

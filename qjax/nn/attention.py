@@ -13,6 +13,7 @@ from qjax.calibration.rotation import random_hadamard, rotate
 from qjax.kv_cache import QuantizedKVCache
 from qjax.nn.layers import QuantDense, RMSNorm, Taps
 from qjax.nn.rotary import RopeScaling, rope_frequencies
+from qjax.ops.activations import QuantizedActivation
 from qjax.ops.attention import attention, paged_attention
 from qjax.ops.key_bias import KeyBias
 from qjax.ops.rotary import Projected, rotary_table, rotate_and_append, rotate_heads
@@ -65,7 +66,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: jax.Array | QuantizedActivation,
         positions: jax.Array,
         cache: QuantizedKVCache | None = None,
         slots: jax.Array | None = None,
@@ -74,7 +75,7 @@ class Attention(nn.Module):
         """Attend over the given tokens, or over the cache after adding them to it.
 
         Args:
-          x: ``(b, t, hidden)``.
+          x: ``(b, t, hidden)``, codes if that is how the joined projection takes it.
           positions: int32 ``(b, t)``; with a cache those of a row follow each other, padding last.
           cache: KV cache; None to attend over the ``t`` tokens only, in their order.
           slots: int32 ``(b,)``, the cache slot of each sequence; needed with a cache.
@@ -158,7 +159,9 @@ class Attention(nn.Module):
         taps = {"q_proj": x, "k_proj": x, "v_proj": x, "o_proj": out, "keys": k, "values": v}
         return o_proj(out), cache, taps
 
-    def _project(self, x: jax.Array, unbiased: bool, common: dict[str, Any]) -> Projected:
+    def _project(
+        self, x: jax.Array | QuantizedActivation, unbiased: bool, common: dict[str, Any]
+    ) -> Projected:
         """Queries, keys and values; keys without their bias if ``unbiased``."""
         counts = (self.num_q_heads, self.num_kv_heads, self.num_kv_heads)
         sizes = [self.head_dim * count for count in counts]

@@ -7,21 +7,48 @@ or a ``PackedWeight`` of the same logical shape, and ``quantized_dot`` looks at 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qjax.formats import QuantFormat
 from qjax.nn.parallel import reorder_inputs, sum_over_devices
+from qjax.ops.activations import QuantizedActivation, codes_by_kernel, quantize_gated
 from qjax.ops.dot import quantized_dot
 from qjax.ops.gated import gated_dot
-from qjax.ops.norm import add_rms_norm, rms_norm
+from qjax.ops.norm import (
+    add_rms_norm,
+    add_rms_norm_codes,
+    add_rms_norm_codes_unsupported_reason,
+    rms_norm,
+)
 from qjax.ops.packed import PackedWeight
+from qjax.ops.packed_w8a8 import takes_codes
 from qjax.quantized_array import QuantizedArray
 
-Taps = dict[str, jax.Array]
-"""Inputs of linear layers by layer name: what calibration collects statistics on."""
+Taps = dict[str, Any]
+"""Inputs of linear layers by layer name: what calibration collects statistics on. Arrays, but for
+a model with packed weights, which may have a ``QuantizedActivation``."""
+
+
+def codes_format(
+    block: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: Any
+) -> QuantFormat | None:
+    """Format in which the kernel of a layer takes its input, if another kernel can make the codes.
+
+    Args:
+      block: Parameters of the block with the layer.
+      name: Name of the layer.
+      shape: Of its input, ``(..., in)``.
+      dtype: Of its input.
+    """
+    fmt = takes_codes(block[name]["kernel"]) if name in block else None
+    rows = math.prod(shape[:-1])
+    return fmt if fmt is not None and codes_by_kernel(rows, shape[-1], dtype, fmt) else None
 
 
 class QuantDense(nn.Module):
@@ -56,7 +83,7 @@ class QuantDense(nn.Module):
     sum_over: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | QuantizedActivation) -> jax.Array:
         """``(..., in)`` to ``(..., out)``."""
         shape = (x.shape[-1], self.features)
         kernel = self.get_variable("params", "kernel")
@@ -68,13 +95,15 @@ class QuantDense(nn.Module):
             raise ValueError(f"packed kernel of shape {kernel.shape}; the layer needs {shape}")
         if not isinstance(kernel, QuantizedArray | PackedWeight):
             kernel = kernel.astype(self.dtype)
-        x = x.astype(self.dtype)
+        if not isinstance(x, QuantizedActivation):
+            x = x.astype(self.dtype)
         if self.gated:
             if self.use_bias or self.keep_splits or self.out_dtype is not None:
                 raise ValueError("a gated product has no bias, no splits and no out_dtype")
             return gated_dot(x, kernel, backend=self.backend)
         out_dtype = self.dtype if self.out_dtype is None else self.out_dtype
-        if self.sum_over is not None and getattr(kernel, "perm", None) is not None:
+        ordered = getattr(kernel, "perm", None) is None
+        if self.sum_over is not None and not ordered and not isinstance(x, QuantizedActivation):
             x, kernel = reorder_inputs(x, kernel, self.sum_over)
         # A bias is added to the whole sum.
         splits = self.keep_splits and not self.use_bias
@@ -99,21 +128,29 @@ class RMSNorm(nn.Module):
     backend: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, delta: jax.Array | None = None) -> Any:
+    def __call__(
+        self, x: jax.Array, delta: jax.Array | None = None, codes: QuantFormat | None = None
+    ) -> Any:
         """Normalise, after adding to the residual stream if there is something to add.
 
         Args:
           x: ``(..., d)``.
           delta: ``(s, ..., d)``, added to ``x`` first; see ``add_rms_norm``.
+          codes: With a delta: format in which the result is welcome, from ``codes_format``.
 
         Returns:
-          ``(..., d)`` of ``dtype``; with a delta the new ``x`` as well, before it.
+          ``(..., d)`` of ``dtype``, or a ``QuantizedActivation``; with a delta the new ``x`` as
+          well, before it.
         """
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         if delta is None:
             return rms_norm(x, weight, self.eps, self.dtype)
         # A named backend is one for products; of rows that it does not take, XLA takes care here.
         backend = "xla" if self.backend == "xla" else None
+        if backend == "xla" or x.dtype != self.dtype:
+            codes = None
+        if codes is not None and add_rms_norm_codes_unsupported_reason(x, codes) is None:
+            return add_rms_norm_codes(x, delta, weight, self.eps, codes)
         x, y = add_rms_norm(x, delta, weight, self.eps, backend=backend)
         return x, y.astype(self.dtype)
 
@@ -135,7 +172,7 @@ class GatedMLP(nn.Module):
     sum_over: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, Taps]:
+    def __call__(self, x: jax.Array | QuantizedActivation) -> tuple[jax.Array, Taps]:
         """``(..., hidden)`` to ``(..., hidden)``, and the inputs of the three linear layers.
 
         With ``keep_splits`` the result is ``(s, ..., hidden)``, to be summed over ``s``.
@@ -147,9 +184,13 @@ class GatedMLP(nn.Module):
             "backend": self.backend,
         }
         if self.has_variable("params", "gate_up_proj"):
-            joined = {**common, "use_bias": False, "gated": not self.use_bias}
+            codes = self._codes(x.shape)
+            gated = not self.use_bias and codes is None
+            joined = {**common, "use_bias": False, "gated": gated}
             hidden = QuantDense(2 * self.intermediate_size, name="gate_up_proj", **joined)(x)
-            if self.use_bias:
+            if codes is not None:
+                hidden = quantize_gated(hidden, codes)
+            elif self.use_bias:
                 gate, up = jnp.split(hidden, 2, axis=-1)
                 gate, up = gate + self._bias("gate_proj"), up + self._bias("up_proj")
                 hidden = nn.silu(gate) * up
@@ -166,6 +207,13 @@ class GatedMLP(nn.Module):
             **common,
         )
         return down(hidden), {"gate_proj": x, "up_proj": x, "down_proj": hidden}
+
+    def _codes(self, shape: tuple[int, ...]) -> QuantFormat | None:
+        """Format in which ``down_proj`` takes what a kernel can make of the joined product."""
+        if self.use_bias or self.backend == "xla":
+            return None
+        block = self.variables["params"]
+        return codes_format(block, "down_proj", (*shape[:-1], self.intermediate_size), self.dtype)
 
     def _bias(self, name: str) -> jax.Array:
         """Bias of a projection that is joined with another, which keeps its own."""

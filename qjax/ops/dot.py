@@ -8,6 +8,7 @@ reads it. No form writes a dequantized copy of the weight to memory where XLA ca
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,16 @@ import jax.numpy as jnp
 from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles
+from qjax.ops import packed_w8a8
 from qjax.ops._dispatch import choose_backend
 from qjax.ops._plain import plain_by_kernel
-from qjax.ops.packed import PackedWeight, packed_dot, packed_unsupported_reason
+from qjax.ops.activations import QuantizedActivation
+from qjax.ops.packed import (
+    PackedWeight,
+    packed_config,
+    packed_dot,
+    packed_unsupported_reason,
+)
 from qjax.pallas_kernels import plain
 from qjax.quantize import quantize
 from qjax.quantized_array import QuantizedArray
@@ -39,7 +47,7 @@ def unsupported_reason(x: Array, w: Array | QuantizedArray | PackedWeight) -> st
 
 
 def quantized_dot(
-    x: Array,
+    x: Array | QuantizedActivation,
     w: Array | QuantizedArray | PackedWeight,
     *,
     activation_format: QuantFormat | None = None,
@@ -50,7 +58,8 @@ def quantized_dot(
     """``x @ w`` for a plain or quantized weight, accumulated in float32 (int32 for int8 x int8).
 
     Args:
-      x: Activations ``(..., k)``, float32, bfloat16 or float16.
+      x: Activations ``(..., k)``, float32, bfloat16 or float16; or a ``QuantizedActivation`` for a
+        packed weight with that activation format.
       w: Weight ``(k, n)``; any ``QuantFormat``, with zero points, permutation and global scale; or
         one packed by ``pack_for_mosaic``.
       activation_format: Quantize the activations to this format first (W8A8, W4A8);
@@ -79,6 +88,8 @@ def quantized_dot(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"activations must be floating point; got {x.dtype}")
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    if isinstance(x, QuantizedActivation):
+        return _dot_of_codes(x, w, out_dtype, keep_splits, backend)
     if not isinstance(w, QuantizedArray | PackedWeight):
         if activation_format is not None:
             raise ValueError(f"{activation_format.name} activations need a quantized weight")
@@ -107,7 +118,28 @@ def quantized_dot(
     if activation_format is None:
         out = _weight_only(flat, w)
     else:
-        out = _quantized_activations(flat, w, activation_format)
+        out = _quantized_activations(_quantize_activations(flat, w, activation_format), w)
+    out = out.astype(out_dtype).reshape(*x.shape[:-1], w.shape[1])
+    return out[None] if keep_splits else out
+
+
+def _dot_of_codes(
+    x: QuantizedActivation, w: Any, out_dtype: DType, keep_splits: bool, backend: str | None
+) -> Array:
+    """``quantized_dot`` of activations that are quantized already."""
+    wanted = packed_w8a8.takes_codes(w)
+    if wanted != x.fmt:
+        weight = w.fmt.name if isinstance(w, QuantizedArray | PackedWeight) else w.dtype
+        takes = "values" if wanted is None else f"codes in {wanted.name}"
+        raise ValueError(
+            f"activations quantized to {x.fmt.name} meet a weight in {weight} that takes {takes}: "
+            "give it values, or a weight packed with that activation format"
+        )
+    like: Any = x  # what is asked here depends on shape and type only
+    if choose_backend("quantized_dot", backend, unsupported_reason(like, w)) == "mosaic_gpu":
+        config, _ = packed_config(like, w, out_dtype=out_dtype)
+        return packed_w8a8.dot(x, w, out_dtype=out_dtype, config=config, keep_splits=keep_splits)
+    out = _quantized_activations(x.unpack(), w.unpack())
     out = out.astype(out_dtype).reshape(*x.shape[:-1], w.shape[1])
     return out[None] if keep_splits else out
 
@@ -177,14 +209,13 @@ def _weight_only(x: Array, w: QuantizedArray) -> Array:
         return _dot(x, weight.astype(x.dtype))
 
 
-def _quantized_activations(x: Array, w: QuantizedArray, fmt: QuantFormat) -> Array:
-    """``(m, k) @ (k, n)`` with activations in ``fmt``; float32 result."""
+def _quantize_activations(x: Array, w: QuantizedArray, fmt: QuantFormat) -> QuantizedArray:
+    """``(m, k)`` activations in ``fmt``."""
     if fmt.is_float != w.fmt.is_float or not fmt.symmetric:
         raise ValueError(
             f"{fmt.name} activations cannot meet {w.fmt.name} weights: both must be integers or "
             "both floats, and the activations symmetric"
         )
-    m, k = x.shape
     scale = None
     if not fmt.dynamic:
         if w.act_scale is None:
@@ -195,8 +226,13 @@ def _quantized_activations(x: Array, w: QuantizedArray, fmt: QuantFormat) -> Arr
         scale = w.act_scale.astype(_F32).reshape(1, 1)
     with jax.named_scope("quantize_activations"):
         # XLA may drop a conversion to fp8 and back, which would leave activations unquantized.
-        xq = jax.lax.optimization_barrier(quantize(x, fmt, axis=-1, scale=scale))
-    narrow = fmt.storage_dtype
+        return jax.lax.optimization_barrier(quantize(x, fmt, axis=-1, scale=scale))
+
+
+def _quantized_activations(xq: QuantizedArray, w: QuantizedArray) -> Array:
+    """``(m, k) @ (k, n)`` of quantized activations; float32 result."""
+    m, k = xq.shape
+    narrow = xq.fmt.storage_dtype
     codes = (
         w.qvalue if w.qvalue.dtype.itemsize == 1 and w.fmt.bits == 8 else w.qvalue.astype(narrow)
     )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.ops._dispatch import choose_backend
+from qjax.ops.activations import QuantizedActivation
 from qjax.ops.dot import quantized_dot
 from qjax.ops.packed import (
     PackedWeight,
@@ -22,7 +23,10 @@ from qjax.typing import Array
 
 
 def gated_dot(
-    x: Array, w: Array | QuantizedArray | PackedWeight, *, backend: str | None = None
+    x: Array | QuantizedActivation,
+    w: Array | QuantizedArray | PackedWeight,
+    *,
+    backend: str | None = None,
 ) -> Array:
     """``silu(x @ gate) * (x @ up)`` for gate and up side by side in one weight.
 
@@ -30,7 +34,7 @@ def gated_dot(
     with ``alternating=True`` one kernel does it all, which spares their way through memory.
 
     Args:
-      x: Activations ``(..., k)``, float32, bfloat16 or float16.
+      x: Activations ``(..., k)``, as for ``quantized_dot``.
       w: Weight ``(k, 2 * f)``, gate left and up right, plain, quantized or packed.
       backend: As for ``quantized_dot``.
 
@@ -43,7 +47,8 @@ def gated_dot(
     References:
       SwiGLU: Shazeer, GLU variants improve transformer (arXiv:2002.05202).
     """
-    if isinstance(w, PackedWeight) and w.alternating and x.shape[-1] == w.shape[0]:
+    codes = isinstance(x, QuantizedActivation)
+    if not codes and isinstance(w, PackedWeight) and w.alternating and x.shape[-1] == w.shape[0]:
         chosen = choose_backend("gated_dot", backend, packed_unsupported_reason(x, w))
         if chosen == "mosaic_gpu" and (config := gated_config(x, w)) is not None:
             return packed_dot(x, w, config=config, gated=True)

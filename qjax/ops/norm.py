@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from qjax._device import mosaic_gpu_unsupported_reason
+from qjax.formats import QuantFormat
 from qjax.ops._dispatch import choose_backend
+from qjax.ops.activations import QuantizedActivation, kernel_options
 from qjax.pallas_kernels import add_rms_norm as kernel
 from qjax.typing import Array, DType
 
@@ -32,8 +34,10 @@ def rms_norm(x: Array, weight: Array, eps: float, dtype: DType) -> Array:
 
 def add_rms_norm_unsupported_reason(residual: Array) -> str | None:
     """Why the Mosaic GPU kernel cannot normalise these rows here; None if it can."""
-    rows = math.prod(residual.shape[:-1])
-    reason = kernel.unsupported_reason(rows, residual.shape[-1], residual.dtype)
+    rows, columns = math.prod(residual.shape[:-1]), residual.shape[-1]
+    reason = kernel.unsupported_reason(rows, columns, residual.dtype)
+    if reason is None and not kernel.has_run(columns):
+        return f"{columns} columns, which the kernel takes but which have not run on a GPU yet"
     return reason or mosaic_gpu_unsupported_reason()
 
 
@@ -66,6 +70,49 @@ def _reference(eps: float, residual: Array, delta: Array, weight: Array) -> tupl
     total = functools.reduce(jnp.add, [part.astype(_F32) for part in delta])
     residual = residual + total.astype(residual.dtype)
     return residual, rms_norm(residual, weight, eps, residual.dtype)
+
+
+def add_rms_norm_codes_unsupported_reason(residual: Array, fmt: QuantFormat) -> str | None:
+    """Why the kernel cannot give codes of these rows, normalised; None if it can, on a GPU.
+
+    Of formats, rows and devices that ``activations.codes_by_kernel`` allows for.
+    """
+    rows, columns = math.prod(residual.shape[:-1]), residual.shape[-1]
+    return kernel.unsupported_reason(rows, columns, residual.dtype, *kernel_options(columns, fmt))
+
+
+def add_rms_norm_codes(
+    residual: Array, delta: Array, weight: Array, eps: float, fmt: QuantFormat
+) -> tuple[Array, QuantizedActivation]:
+    """``add_rms_norm`` by the kernel, for products with 8-bit activations.
+
+    For inference: it has no gradient. ``add_rms_norm_codes_unsupported_reason`` must be None.
+
+    Args:
+      residual: ``(..., d)``, bfloat16 or float16.
+      delta: ``(s, ..., d)``.
+      weight: ``(d,)``.
+      eps: Added to the mean square.
+      fmt: Format of the normalised rows.
+
+    Returns:
+      The new residual, and what ``quantize`` makes of the normalised rows, rounded to its type.
+
+    Raises:
+      NotImplementedError: If the kernel does not take the arguments; says why.
+    """
+    rows, d = math.prod(residual.shape[:-1]), residual.shape[-1]
+    codes, blocks = kernel_options(d, fmt)
+    out, values, scale = kernel.add_rms_norm(
+        residual.reshape(rows, d),
+        delta.reshape(delta.shape[0], rows, d),
+        weight.astype(_F32),
+        eps,
+        codes=codes,
+        blocks=blocks,
+    )
+    normed = QuantizedActivation(values, scale, fmt, residual.shape, residual.dtype)
+    return out.reshape(residual.shape), normed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -430,8 +430,8 @@ def packed_dot(
     if config is None:
         config, _ = packed_config(x, w, out_dtype=out_dtype)
     if w.fmt.activation is not None:
-        out = _w8a8().dot(x, w, out_dtype=out_dtype, config=config, interpret=interpret)
-        return out[None] if keep_splits else out
+        options = {"config": config, "keep_splits": keep_splits, "interpret": interpret}
+        return _w8a8().dot(x, w, out_dtype=out_dtype, **options)
     flat = x.reshape(-1, x.shape[-1])
     if w.perm is not None:
         flat = jnp.take(flat, w.perm, axis=-1)

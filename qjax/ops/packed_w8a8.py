@@ -17,9 +17,10 @@ import jax.numpy as jnp
 
 from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles
+from qjax.ops import activations
+from qjax.ops.activations import QuantizedActivation, quantize_activation
 from qjax.ops.packed import PackedWeight, pack_for_registers
 from qjax.pallas_kernels import w8a8, weight_only_large
-from qjax.quantize import quantize
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array, DType
 
@@ -154,53 +155,68 @@ def unsupported_reason(x: Array, w: PackedWeight) -> str | None:
     return module.unsupported_reason(problem)
 
 
+def takes_codes(w: Any) -> QuantFormat | None:
+    """Format in which products with a weight take activations that are quantized already, if any.
+
+    Args:
+      w: A weight: a plain array, a ``QuantizedArray`` or a ``PackedWeight``.
+    """
+    fmt = w.fmt.activation if isinstance(w, PackedWeight) else None
+    # A permutation is for values; a static scale is the weight's own.
+    return None if fmt is None or not fmt.dynamic or w.perm is not None else fmt
+
+
 def dot(
-    x: Array,
+    x: Array | QuantizedActivation,
     w: PackedWeight,
     *,
     out_dtype: DType | None = None,
     config: Any = None,
+    keep_splits: bool = False,
     interpret: bool = False,
 ) -> Array:
     """Quantize activations and multiply; ``packed.packed_dot`` calls this.
 
     Args:
-      x: Activations ``(..., k)``, bfloat16 or float16.
+      x: Activations ``(..., k)``, bfloat16 or float16, or their codes if ``takes_codes``.
       w: Packed weight ``(k, n)``.
       out_dtype: Result type; ``x.dtype`` by default.
       config: How the kernel cuts up the work; its heuristic by default.
+      keep_splits: See ``quantized_dot``.
       interpret: Run in the Pallas interpreter.
 
     Returns:
-      ``(..., n)`` in ``out_dtype``.
+      ``(..., n)`` in ``out_dtype``; with ``keep_splits`` see ``quantized_dot``.
+
     """
-    activation = _activation(w)
-    flat = x.reshape(-1, x.shape[-1])
-    if w.perm is not None:
-        flat = jnp.take(flat, w.perm, axis=-1)
-    scale = None
-    if not activation.dynamic:
-        assert w.act_scale is not None
-        scale = w.act_scale.astype(jnp.float32).reshape(1, 1)
-    with jax.named_scope("quantize_activations"):
-        # The same function as on the XLA backend, so that both multiply the same codes.
-        xq = quantize(flat, activation, axis=-1, scale=scale)
-        x_scale = jnp.broadcast_to(xq.scale.astype(jnp.float32), (flat.shape[0], xq.scale.shape[1]))
+    if isinstance(x, QuantizedActivation):
+        xq = x
+    else:
+        flat = x.reshape(-1, x.shape[-1])
+        if w.perm is not None:
+            flat = jnp.take(flat, w.perm, axis=-1)
+        # The same codes as on the XLA backend.
+        static = None if _activation(w).dynamic else w.act_scale
+        xq = quantize_activation(flat, _activation(w), static_scale=static)
     options: dict[str, Any] = {
         "config": config,
         "out_dtype": x.dtype if out_dtype is None else out_dtype,
+        # Sums of splits leave the kernels as they are where the next kernel adds them up.
+        "keep_splits": keep_splits and activations.BY_KERNEL,
         "interpret": interpret,
     }
     if isinstance(w, PackedW8A8):
-        if w.scales is None:
-            scales = x_scale[:, 0], w.column
-        else:
-            x_scale = jnp.broadcast_to(x_scale.T, (w.scales.shape[1], flat.shape[0]))
-            scales = x_scale, w.scales
-        out = w8a8.matmul(xq.qvalue, w.words, *scales, **options)
+        scales = xq.scale, w.column
+        if w.scales is not None:
+            blocks = w.scales.shape[1], xq.scale.shape[-1]
+            scales = jnp.broadcast_to(xq.scale, blocks), w.scales
+        out = w8a8.matmul(xq.codes, w.words, *scales, **options)
     else:
-        codes = weight_only_large.int8_order(xq.qvalue)
+        codes = weight_only_large.int8_order(xq.codes)
         out = weight_only_large.matmul(
-            codes, w.words, w.scales, w.column, x_scale[:, 0], kind=w.kind, **options
+            codes, w.words, w.scales, w.column, xq.scale, kind=w.kind, **options
         )
-    return out.reshape(*x.shape[:-1], w.shape[1])
+    rows = math.prod(x.shape[:-1])
+    out = out[..., :rows, :] if out.shape[-2] > rows else out
+    out = out[None] if keep_splits and not options["keep_splits"] else out
+    return out.reshape(*out.shape[:-2], *x.shape[:-1], w.shape[1])

@@ -345,6 +345,7 @@ def matmul(
     *,
     config: Config | None = None,
     out_dtype: DType = jnp.bfloat16,
+    keep_splits: bool = False,
     interpret: bool = False,
 ) -> Array:
     """``x @ weight.T`` times the scales.
@@ -352,14 +353,17 @@ def matmul(
     Args:
       x: Codes of activations ``(m, k)``: E4M3, E5M2 or int8.
       weight: Codes ``(n, k)``: int8 with int8 activations, E4M3 or E5M2 with either.
-      x_scale: float32 ``(m,)``, or ``(k / 128, m)`` with block scales.
+      x_scale: float32 ``(m,)``, or ``(k / 128, m)`` with block scales. There may be more than
+        ``m``: room for what is read at once, which is added here otherwise.
       w_scale: float32 ``(n,)``, or ``(ceil(n / 128), k / 128)`` with block scales.
       config: How the work is cut up; ``heuristic_config`` by default.
       out_dtype: Result type: float32, bfloat16 or float16.
+      keep_splits: Leave the sum over splits to the caller.
       interpret: Run in the Pallas interpreter, on any device.
 
     Returns:
-      ``(m, n)`` in ``out_dtype``.
+      ``(m, n)`` in ``out_dtype``. With ``keep_splits`` ``(s, m, n)``: one of ``out_dtype``, or
+      several of float32 to be summed.
 
     Raises:
       NotImplementedError: If the kernel or the config does not support the problem; says why.
@@ -390,7 +394,8 @@ def matmul(
     rows = -(-max(m, tokens) // 8) * 8
     x = jnp.pad(x, ((0, rows - m), (0, 0)))
     scales = max(rows, scale_columns(tokens))
-    x_scale = jnp.pad(x_scale, (*((0, 0),) * (x_scale.ndim - 1), (0, scales - m)))
+    room = max(0, scales - x_scale.shape[-1])
+    x_scale = jnp.pad(x_scale, (*((0, 0),) * (x_scale.ndim - 1), (0, room)))
     if problem.blocks:
         w_scale = jnp.pad(w_scale, ((0, 0), (0, padded_steps(k) - k // BLOCK_K)))
     out = _w8a8_body.call(
@@ -403,6 +408,7 @@ def matmul(
         out_dtype=jnp.dtype(out_dtype),
         interpret=interpret,
     )
-    if config.splits > 1:
-        out = out.sum(0).astype(out_dtype)
-    return out[:m] if rows > m else out
+    out = out[..., :m, :] if rows > m else out
+    if keep_splits:
+        return out if config.splits > 1 else out[None]
+    return out.sum(0).astype(out_dtype) if config.splits > 1 else out

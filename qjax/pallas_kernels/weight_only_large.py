@@ -343,7 +343,7 @@ def matmul(
     x = jnp.pad(x, ((0, rows - m), (0, 0)))
     if row_scale is not None:
         whole = -(-rows // config.columns) * config.columns
-        row_scale = jnp.pad(row_scale, (0, whole - m))
+        row_scale = jnp.pad(row_scale, (0, max(0, whole - row_scale.shape[0])))
     out = _weight_only_large_body.call(
         x,
         words,

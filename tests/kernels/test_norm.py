@@ -91,7 +91,7 @@ def test_what_the_kernel_does_not_take(rng: np.random.Generator) -> None:
         add_rms_norm_unsupported_reason(residual.astype(jnp.float32))
     )
     assert "300 rows" in str(kernel.unsupported_reason(300, 1024, jnp.bfloat16))
-    assert "multiples of 1024" in str(kernel.unsupported_reason(2, 1000, jnp.bfloat16))
+    assert "multiples of 128" in str(kernel.unsupported_reason(2, 1000, jnp.bfloat16))
     with pytest.raises(NotImplementedError, match="add_rms_norm: 96 columns"):
         kernel.add_rms_norm(residual[:, :96], delta[..., :96], weight[:96], 1e-5)
     if mosaic_gpu_unsupported_reason() is not None:

@@ -1,0 +1,133 @@
+"""Codes of one token's values and their scales, inside a kernel that has the row in registers.
+
+The arithmetic is that of ``qjax.quantize`` for a symmetric format with one scale per token, or per
+128 values of one, as XLA compiles it, bit for bit: a scale is the largest finite magnitude times
+the rounded reciprocal of the format's bound, 1 where all are zeros; an infinity saturates, a NaN
+becomes 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax.typing import Array, DType
+
+KINDS = ("float8_e4m3fn", "float8_e5m2", "int8")
+BLOCK = 128
+"""Values per scale, where there are several of a token."""
+MAX_ROWS = 256
+_THREADS = 128
+_TINY = float(np.finfo(np.float32).tiny)
+# Adding it leaves an integer of up to 22 bits, rounded to nearest even, in the low bits of the sum.
+_ROUND = 1.5 * 2.0**23
+
+
+def unsupported_reason(rows: int, dtype: DType, kind: str | None, blocks: bool) -> str | None:
+    """Why no kernel gives codes of so many rows of 16-bit values; None if there are such.
+
+    Args:
+      rows: Tokens.
+      dtype: Type of the values.
+      kind: Type of the codes; None for kernels that leave values as they are.
+      blocks: Whether there is a scale for each ``BLOCK`` values of a token.
+    """
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"{jnp.dtype(dtype)} activations; the kernel is for bfloat16 and float16"
+    if kind is not None and kind not in KINDS:
+        return f"{kind} codes; there are {', '.join(KINDS)}"
+    if blocks and kind == "int8":
+        return "int8 codes with block scales; those are for fp8"
+    if not 1 <= rows <= MAX_ROWS:
+        return f"{rows} rows; beyond {MAX_ROWS} XLA's kernels fill the device"
+    return None
+
+
+def bound(kind: str) -> float:
+    """Largest magnitude of a code."""
+    return 127.0 if kind == "int8" else float(jnp.finfo(jnp.dtype(kind)).max)
+
+
+def absmax(x: Array, axis: int | None = None) -> Array:
+    """Largest finite magnitude of float32 values; 0 where there is none."""
+    magnitude = jnp.abs(x)
+    return jnp.max(jnp.where(magnitude < jnp.inf, magnitude, jnp.zeros_like(x)), axis)
+
+
+def scale_of(largest: Array, kind: str) -> Array:
+    """Scales of values whose largest finite magnitudes are given."""
+    scale = largest * (np.float32(1) / np.float32(bound(kind)))
+    return jnp.where(scale < _TINY, jnp.ones_like(scale), scale)
+
+
+def encode(x: Array, scale: Array, kind: str) -> Array:
+    """Codes of float32 values; ``scale`` is one for all, or ``(n,)`` for ``(n, BLOCK)`` values."""
+    limit = bound(kind)
+    ratio = x / (lax.broadcast_in_dim(scale, x.shape, (0,)) if scale.ndim else scale)
+    # Comparisons with NaN are false: it takes the last branch.
+    clipped = jnp.where(ratio == ratio, ratio, jnp.zeros_like(ratio))
+    clipped = jnp.minimum(jnp.maximum(clipped, -limit), limit)
+    if kind == "int8":
+        return lax.bitcast_convert_type(clipped + _ROUND, jnp.int32).astype(jnp.int8)
+    return clipped.astype(kind)
+
+
+def store_scales(scale: Array, scales: Any, at: Any, row: Array, rows: int) -> None:
+    """Write a row's scale, or those ``at`` some of its blocks, to memory.
+
+    Args:
+      scale: One scale, or a vector.
+      scales: ``(padded_scales(m),)``, or ``(columns / BLOCK, padded_scales(m))``.
+      at: A slice of the blocks.
+      row: Index of the row.
+      rows: ``padded_rows(m)``; what lies beyond repeats the rows.
+    """
+    for copy in range(scales.shape[-1] // rows):
+        if scale.ndim:
+            scales[at, row + copy * rows] = scale
+        else:
+            scales[row + copy * rows] = scale
+
+
+def padded_rows(rows: int) -> int:
+    """Rows of codes: whole tiles of 8, which products copy by TMA."""
+    return -(-rows // 8) * 8
+
+
+def padded_scales(rows: int) -> int:
+    """Scales: room for whole multiples of 128 bytes, which products copy by TMA."""
+    padded = padded_rows(rows)
+    return padded * -(-(-(-padded // 32) * 32) // padded)
+
+
+def scales_type(rows: int, columns: int, blocks: bool) -> jax.ShapeDtypeStruct:
+    """What ``store_scales`` fills."""
+    shape = (padded_scales(rows),)
+    return jax.ShapeDtypeStruct((columns // BLOCK, *shape) if blocks else shape, jnp.float32)
+
+
+def vector(columns: int) -> int:
+    """Elements per load, at best 16 bytes of 16-bit values: all threads load equally often."""
+    return next(size for size in (8, 4, 2, 1) if columns % (size * _THREADS) == 0)
+
+
+def layout_of_blocks() -> Any:
+    """Registers for ``(n, BLOCK)`` values, ``n`` a multiple of 8: half a warp has a row."""
+    return _tiled(((8, BLOCK), (2, BLOCK), (8,)), (-5,), (-3, -2))
+
+
+def layout_of_warps(size: int) -> Any:
+    """Registers for ``(4, n)`` values: each warp has a row, and loads ``size`` at a time."""
+    return _tiled(((4, 32 * size), (size,)), (-3,), (-2,))
+
+
+def _tiled(tiles: Any, warps: tuple[int, ...], lanes: tuple[int, ...]) -> Any:
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jax.experimental.pallas import mosaic_gpu
+
+    plgpu: Any = mosaic_gpu
+    return plgpu.Layout.TILED(fa.Tiling(tiles), warps, lanes, -1)
