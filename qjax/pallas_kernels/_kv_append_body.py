@@ -75,7 +75,7 @@ def _elements(t: Part, source: Source, head: Value, lane: Value, halves: int) ->
     column = p.add(p.mul(head, dim), p.mul(lane, run))
     at = p.add(p.add(p.mul(t.row, source.stride), column), source.first)
     array = t.places[source.array]
-    words, parts, bias, table = [], [], [], []
+    words, parts, bias, cos, sin = [], [], [], [], []
     if source.splits == 0:
         words = _words(t, p.address(array, at, 2), run, halves)
     for split in range(source.splits):
@@ -87,7 +87,7 @@ def _elements(t: Part, source: Source, head: Value, lane: Value, halves: int) ->
     if source.rotates:
         pair = p.mul(lane if halves == 2 else p.bits_and(lane, 15), run)
         at = p.address(t.places["table"], p.add(p.mul(t.row, dim), pair), 4)
-        table = [p.load_floats(at, run), p.load_floats(at, run, dim * 2)]
+        cos, sin = p.load_floats(at, run), p.load_floats(at, run, dim * 2)
     if parts:
         x = parts[0]
         for part in parts[1:]:
@@ -98,7 +98,7 @@ def _elements(t: Part, source: Source, head: Value, lane: Value, halves: int) ->
     if bias:
         both = zip(x, _unpacked(t, bias), strict=True)
         x = _rounded(t, [p.fadd(a, b) for a, b in both])
-    return _rounded(t, _rotated(t, x, *table, lane)) if table else x
+    return _rounded(t, _rotated(t, x, cos, sin, lane)) if source.rotates else x
 
 
 def _rotated(
