@@ -72,6 +72,11 @@ def _reference(eps: float, residual: Array, delta: Array, weight: Array) -> tupl
     return residual, rms_norm(residual, weight, eps, residual.dtype)
 
 
+def _stored(weight: Array) -> Array:
+    """The weight as the kernel takes it: a conversion outside is a kernel of its own."""
+    return weight if kernel.EXTENDED else weight.astype(_F32)
+
+
 def add_rms_norm_codes_unsupported_reason(residual: Array, fmt: QuantFormat) -> str | None:
     """Why the kernel cannot give codes of these rows, normalised; None if it can, on a GPU.
 
@@ -106,7 +111,7 @@ def add_rms_norm_codes(
     out, values, scale = kernel.add_rms_norm(
         residual.reshape(rows, d),
         delta.reshape(delta.shape[0], rows, d),
-        weight.astype(_F32),
+        _stored(weight),
         eps,
         codes=codes,
         blocks=blocks,
@@ -119,7 +124,7 @@ def add_rms_norm_codes(
 def _by_kernel(eps: float, residual: Array, delta: Array, weight: Array) -> tuple[Array, Array]:
     rows, d = math.prod(residual.shape[:-1]), residual.shape[-1]
     flat = delta.reshape(delta.shape[0], rows, d)
-    out, normed = kernel.add_rms_norm(residual.reshape(rows, d), flat, weight.astype(_F32), eps)
+    out, normed = kernel.add_rms_norm(residual.reshape(rows, d), flat, _stored(weight), eps)
     return out.reshape(residual.shape), normed.reshape(residual.shape)
 
 

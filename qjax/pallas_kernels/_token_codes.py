@@ -8,6 +8,8 @@ becomes 0.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,6 +76,37 @@ def encode(x: Array, scale: Array, kind: str) -> Array:
     if kind == "int8":
         return lax.bitcast_convert_type(clipped + _ROUND, jnp.int32).astype(jnp.int8)
     return clipped.astype(kind)
+
+
+def of_the_row(
+    combine: Callable[[Array, Array], Array], own: Array, exchange: tuple[Any, Any], at: Any
+) -> Array:
+    """What all warpgroups found in their parts of a row, combined in a fixed order.
+
+    A reduction over all warps by Pallas would have warpgroups share its scratch memory.
+
+    Args:
+      combine: Sum or maximum of two.
+      own: float32 vector, what this warpgroup found.
+      exchange: Shared memory for the vectors of all, and a barrier at which all arrive.
+      at: Where this one's belongs there.
+    """
+    from jax.experimental.pallas import mosaic_gpu
+
+    plgpu: Any = mosaic_gpu
+    found, ready = exchange
+    found[at] = own
+    plgpu.barrier_arrive(ready)
+    plgpu.barrier_wait(ready)
+    return functools.reduce(combine, [found[i] for i in range(found.shape[0])])
+
+
+def exchange(size: int, warpgroups: int) -> tuple[Any, Any]:
+    """Scratch memory for ``of_the_row``, for one use."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    plgpu: Any = mosaic_gpu
+    return plgpu.SMEM((size,), jnp.float32), plgpu.Barrier(num_arrivals=warpgroups)
 
 
 def store_scales(scale: Array, scales: Any, at: Any, row: Array, rows: int) -> None:

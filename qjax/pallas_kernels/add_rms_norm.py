@@ -6,7 +6,7 @@
   normed[m]    = residual'[m] / sqrt(mean(residual'[m] ** 2) + eps) * weight
 
 In decoding every kernel of XLA's three for this (sum and add, mean square, scale) takes longer to
-start than to run. One CTA of one warpgroup has one row in registers.
+start than to run. One CTA has one row in registers, of one warpgroup or, if it is long, of two.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from qjax.pallas_kernels import _token_codes
 from qjax.pallas_kernels._once import lowered_once
 from qjax.typing import Array, DType
 
 _THREADS = 128
-# Registers that a thread has for its part of a row: residual, weight and a partial sum in flight.
-MAX_COLUMNS = 64 * _THREADS
-# Only compiled so far, but for multiples of 1024 up to 6144: others run where they are asked for by
-# this module's function. To be True once tests/kernels/test_gpu_token_codes.py has passed.
-ALL_SIZES = False
+# What a warpgroup has registers for: residual, weight and a partial sum in flight.
+_COLUMNS = 48 * _THREADS
+MAX_COLUMNS = 2 * _COLUMNS
+# Columns other than multiples of 1024 up to 6144, and weights of 16 bits, are only compiled so far:
+# the model uses them once this is True, to be set when tests/kernels/test_gpu_token_codes.py has
+# passed on a GPU.
+EXTENDED = False
 
 
 def unsupported_reason(
@@ -41,16 +44,20 @@ def unsupported_reason(
       codes: Type of codes for them, if they are to be quantized.
       blocks: Whether they are to have a scale for each 128 values, rather than for a token.
     """
-    unit = 8 * _token_codes.BLOCK if blocks else _THREADS
+    unit = _warpgroups(columns) * (8 * _token_codes.BLOCK if blocks else _THREADS)
     reason = _token_codes.unsupported_reason(rows, dtype, codes, blocks)
     if reason is None and (columns % unit or not 0 < columns <= MAX_COLUMNS):
         return f"{columns} columns; it takes multiples of {unit} up to {MAX_COLUMNS}"
     return reason
 
 
+def _warpgroups(columns: int) -> int:
+    return 1 if columns <= _COLUMNS else 2
+
+
 def has_run(columns: int) -> bool:
     """Whether rows of such a size have been normalised on a GPU."""
-    return ALL_SIZES or (columns % 1024 == 0 and columns <= 6144)
+    return EXTENDED or (columns % 1024 == 0 and columns <= _COLUMNS)
 
 
 @lowered_once("eps", "codes", "blocks", "interpret")
@@ -70,7 +77,7 @@ def add_rms_norm(
       residual: ``(m, d)``, bfloat16 or float16.
       delta: ``(s, m, d)``, float32 or the type of ``residual``: partial sums, added in order and
         rounded to that type before they are added.
-      weight: float32 ``(d,)``.
+      weight: ``(d,)``, float32 or 16-bit floats.
       eps: Added to the mean square.
       codes: Give the normalised rows, rounded to the type of ``residual``, as codes of this type:
         one of ``_token_codes.KINDS``.
@@ -92,19 +99,35 @@ def add_rms_norm(
 
     plgpu: Any = mosaic_gpu
     dtype, splits = residual.dtype, delta.shape[0]
+    count = _warpgroups(columns)
+    alone = count == 1 and not blocks
+    # A row as a matrix: of its blocks, or of what each warp has. One warpgroup has it as it is.
     if blocks:
         view: tuple[int, ...] = columns // _token_codes.BLOCK, _token_codes.BLOCK
         layout = _token_codes.layout_of_blocks()
-    else:
+    elif alone:
         view = (columns,)
         layout = plgpu.Layout.WG_STRIDED(view, vec_size=_token_codes.vector(columns))
+    else:
+        view = 4 * count, columns // count // 4
+        layout = _token_codes.layout_of_warps(_token_codes.vector(columns // count))
 
-    def kernel(residual: Any, delta: Any, weight: Any, out: Any, *outs: Any) -> None:
+    def kernel(residual: Any, delta: Any, weight: Any, out: Any, *refs: Any) -> None:
+        outs, exchanges = refs[: len(out_types) - 1], refs[len(out_types) - 1 :]
         out_row = lax.axis_index("row")
         row = out_row if codes is None else jnp.minimum(out_row, rows - 1)
+        own: Any = slice(None)
+        if count > 1:
+            height = view[0] // count
+            own = pl.ds(lax.axis_index("warpgroup") * height, height)
 
         def load(ref: Any) -> Array:
-            return plgpu.load(ref, layout=layout, optimized=False)
+            return plgpu.load(ref.at[own], layout=layout, optimized=False)
+
+        def of_the_row(reduce: Any, combine: Any, values: Array, exchange: Any) -> Array:
+            if alone:
+                return reduce(values)
+            return _token_codes.of_the_row(combine, reduce(values, 1), exchange, own)
 
         total = load(delta.at[0, row]).astype(jnp.float32)
         for split in range(1, splits):
@@ -112,30 +135,37 @@ def add_rms_norm(
         # Rounded as the product alone would be, and again as the residual is stored.
         added = total.astype(dtype).astype(jnp.float32)
         x = (load(residual.at[row]).astype(jnp.float32) + added).astype(dtype)
-        out[row] = x
+        out[row, own] = x
         wide = x.astype(jnp.float32)
-        squares = wide * wide
-        mean_square = jnp.sum(jnp.sum(squares, 1) if blocks else squares) / columns
-        normed = (wide * lax.rsqrt(mean_square + eps) * load(weight)).astype(dtype)
+        mean_square = of_the_row(jnp.sum, jnp.add, wide * wide, exchanges[:2]) / columns
+        normed = wide * lax.rsqrt(mean_square + eps) * load(weight).astype(jnp.float32)
+        normed = normed.astype(dtype)
         if codes is None:
-            outs[0][row] = normed
+            outs[0][row, own] = normed
             return
         wide = normed.astype(jnp.float32)
-        scale = _token_codes.scale_of(_token_codes.absmax(wide, 1 if blocks else None), codes)
-        outs[0][out_row] = _token_codes.encode(wide, scale, codes)
-        _token_codes.store_scales(scale, outs[1], slice(None), out_row, outs[0].shape[0])
+        if blocks:
+            largest = _token_codes.absmax(wide, 1)
+        else:
+            largest = of_the_row(_token_codes.absmax, jnp.maximum, wide, exchanges[2:])
+        scale = _token_codes.scale_of(largest, codes)
+        outs[0][out_row, own] = _token_codes.encode(wide, scale, codes)
+        _token_codes.store_scales(scale, outs[1], own, out_row, outs[0].shape[0])
 
     grid = rows if codes is None else _token_codes.padded_rows(rows)
     out_types = [jax.ShapeDtypeStruct((rows, *view), dtype)]
     out_types.append(jax.ShapeDtypeStruct((grid, *view), jnp.dtype(codes or dtype)))
     if codes is not None:
         out_types.append(_token_codes.scales_type(rows, columns, blocks))
+    exchange = () if alone else _token_codes.exchange(view[0], count)
     names = "add_rms_norm", dtype.name, codes, "blocks" if blocks else None
     run = plgpu.kernel(
         kernel,
         out_type=tuple(out_types),
         grid=(grid,),
         grid_names=("row",),
+        **({"num_threads": count, "thread_name": "warpgroup"} if count > 1 else {}),
+        scratch_types=exchange if blocks or codes is None else 2 * exchange,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),

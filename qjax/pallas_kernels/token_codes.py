@@ -12,7 +12,6 @@ magnitude through shared memory.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -94,7 +93,7 @@ def token_codes(
     else:
         layout = _token_codes.layout_of_warps(_token_codes.vector(columns // count))
 
-    def kernel(x: Any, codes: Any, scales: Any, *scratch: Any) -> None:
+    def kernel(x: Any, codes: Any, scales: Any, *exchange: Any) -> None:
         row = lax.axis_index("row")
         part = lax.axis_index("warpgroup")
         source = jnp.minimum(row, rows - 1)
@@ -111,20 +110,11 @@ def token_codes(
         wide = values.astype(jnp.float32)
         largest = _token_codes.absmax(wide, 1)
         if not blocks:
-            # Of every warp. A reduction over all warps by Pallas would have warpgroups share
-            # its scratch memory.
-            found, ready = scratch
-            found[own] = largest
-            plgpu.barrier_arrive(ready)
-            plgpu.barrier_wait(ready)
-            largest = functools.reduce(jnp.maximum, [found[i] for i in range(whole)])
+            largest = _token_codes.of_the_row(jnp.maximum, largest, exchange, own)
         scale = _token_codes.scale_of(largest, kind)
         codes[row, own] = _token_codes.encode(wide, scale, kind)
         _token_codes.store_scales(scale, scales, own, row, codes.shape[0])
 
-    scratch: tuple[Any, ...] = ()
-    if not blocks:
-        scratch = plgpu.SMEM((whole,), jnp.float32), plgpu.Barrier(num_arrivals=count)
     padded = _token_codes.padded_rows(rows)
     names = "gated" if gated else "token", "codes", x.dtype.name, kind, "blocks" if blocks else ""
     run = plgpu.kernel(
@@ -137,7 +127,7 @@ def token_codes(
         grid_names=("row",),
         num_threads=count,
         thread_name="warpgroup",
-        scratch_types=scratch,
+        scratch_types=() if blocks else _token_codes.exchange(whole, count),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
