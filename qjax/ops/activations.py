@@ -42,7 +42,7 @@ class QuantizedActivation:
     Attributes:
       codes: ``(r, k)`` in the format's type. Rows beyond those of ``shape`` are room that kernels
         want; they mean nothing.
-      scale: float32 ``(s,)``, one per token, or ``(k / 128, s)``; ``s`` is as least as large as the
+      scale: float32 ``(s,)``, one per token, or ``(k / 128, s)``; ``s`` is at least as large as the
         number of tokens.
       fmt: The format.
       shape: Of the activations.

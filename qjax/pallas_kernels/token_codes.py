@@ -28,12 +28,14 @@ _MAX_PER_THREAD = 64
 
 
 def warpgroups(columns: int, blocks: bool) -> int | None:
-    """Parts into which a row is cut, as many as may be; None if none does."""
+    """Parts into which a row is cut: many, but with loads of 8 bytes. None if none does."""
     unit = 8 * _token_codes.BLOCK if blocks else _THREADS
-    for count in (4, 2, 1):
-        if columns % (count * unit) == 0 and columns <= count * _THREADS * _MAX_PER_THREAD:
-            return count
-    return None
+    found = [
+        (min(_token_codes.vector(columns // count), 4), count)
+        for count in (1, 2, 4)
+        if columns % (count * unit) == 0 and columns <= count * _THREADS * _MAX_PER_THREAD
+    ]
+    return max(found)[1] if found else None
 
 
 def unsupported_reason(
