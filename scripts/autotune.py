@@ -153,16 +153,9 @@ def check(args: argparse.Namespace) -> None:
     Raises:
       ValueError: With the value and what is possible.
     """
-    from qjax.evaluation.products import shape_of
-    from qjax.formats import FORMATS
+    from qjax.evaluation.products import check_products
 
-    for name in args.formats.split(","):
-        if name not in FORMATS:
-            raise ValueError(f"unknown format {name!r}; choose from {', '.join(FORMATS)}")
-    for shape in args.shapes.split(","):
-        shape_of(shape)
-    if not all(part.isdigit() and int(part) for part in args.rows.split(",")):
-        raise ValueError(f"--rows {args.rows!r} must be numbers such as 1,64")
+    check_products(args.formats, args.shapes, args.rows)
     if args.workers < 1 or args.launches < 1 or args.search < 0:
         raise ValueError("--workers and --launches must be at least 1 and --search at least 0")
 

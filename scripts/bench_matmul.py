@@ -30,6 +30,7 @@ from qjax.evaluation.products import (
     MAX_ERROR,
     SHAPES,
     activations,
+    check_products,
     entry_of,
     error_program,
     kernel_configs,
@@ -38,7 +39,7 @@ from qjax.evaluation.products import (
     shape_of,
     weight_values,
 )
-from qjax.formats import FORMATS, QuantFormat, parse_format
+from qjax.formats import QuantFormat, parse_format
 from qjax.ops.dot import quantized_dot, unsupported_reason
 from qjax.ops.packed import PackedWeight, pack_for_mosaic, pack_unsupported_reason, packed_dot
 from qjax.pallas_kernels import plain
@@ -328,16 +329,10 @@ def check(args: argparse.Namespace) -> None:
     Raises:
       ValueError: With the value and what is possible.
     """
-    for name in args.formats.split(","):
-        if name not in FORMATS:
-            raise ValueError(f"unknown format {name!r}; choose from {', '.join(FORMATS)}")
+    check_products(args.formats, args.shapes, args.rows)
     for backend in args.backends.split(","):
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
-    for shape in args.shapes.split(","):
-        shape_of(shape)
-    if not all(part.isdigit() and int(part) for part in args.rows.split(",")):
-        raise ValueError(f"--rows {args.rows!r} must be numbers such as 1,64")
     if args.launches < 1 or args.search < 0:
         raise ValueError("--launches must be at least 1 and --search at least 0")
     if args.plot is not None:

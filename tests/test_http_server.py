@@ -256,7 +256,6 @@ def test_a_stop_string_ends_the_text_and_frees_the_slot(server, batch, monkeypat
     assert values["usage"]["completion_tokens"] < 24
     events = server.events("/v1/completions", body)
     assert joined(events) == want and events[-1]["choices"][0]["finish_reason"] == "stop"
-    # A slot is free a moment before its request is counted.
     name = 'requests_total{reason="cancelled"}'
     after = server.until(lambda m: m[name] == before[name] + 2)
     assert after["requests_running"] == after["kv_pages_used"] == 0

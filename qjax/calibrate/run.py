@@ -33,7 +33,7 @@ from qjax.calibration.stats import init_hessian, output_error, update_hessian
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.export import EXPORT_FORMATS, save_model
 from qjax.checkpoints.layout import Leaf
-from qjax.checkpoints.native import save_native
+from qjax.checkpoints.native import MANIFEST, save_native
 from qjax.checkpoints.reader import KVScales
 from qjax.checkpoints.safetensors_io import read_json
 from qjax.checkpoints.writer import Linears
@@ -104,7 +104,8 @@ def calibrate_checkpoint(
             save_model(finished, run.config, params, export, progress=progress, **common)
         report.write(finished)
     if output.exists():
-        shutil.rmtree(output)
+        # Two renames: a kill leaves the old folder or the new one, here or among the work.
+        output.rename(work / "replaced")
     finished.rename(output)
     shutil.rmtree(work)
     return report
@@ -117,8 +118,18 @@ def _check_target(run: _Run, output: Path, export: str, overwrite: bool) -> None
     if output.resolve() in (source, *source.parents):
         # Replacing it would delete the only copy of the original weights.
         raise ValueError(f"{output} is or holds the model {source} itself; choose another folder")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
-        raise CheckpointError(f"{output} exists and is not empty; choose another, or overwrite it")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise CheckpointError(f"{output} exists and is not a folder; choose another name")
+    if output.exists() and any(output.iterdir()):
+        if not overwrite:
+            raise CheckpointError(
+                f"{output} exists and is not empty; choose another, or overwrite it"
+            )
+        if not (output / "config.json").exists() and not (output / MANIFEST).exists():
+            raise CheckpointError(
+                f"{output} holds no model (config.json), so it is not overwritten; remove it "
+                "yourself, or choose another folder"
+            )
     factory = EXPORT_FORMATS.get(export)
     if factory is None:
         return

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.formats import QuantFormat
+from qjax.formats import FORMATS, QuantFormat
 from qjax.ops.packed import packed_config, packed_kernels
 from qjax.pallas_kernels import plain
 from qjax.quantize import quantize
@@ -49,6 +49,21 @@ def shape_of(name: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
         raise ValueError(f"unknown shape {name!r}; use KxN or one of {', '.join(SHAPES)}")
     return int(parts[0]), int(parts[1])
+
+
+def check_products(formats: str, shapes: str, rows: str) -> None:
+    """Refuse what is not lists, parted by commas, of formats, shapes and numbers of rows.
+
+    Raises:
+      ValueError: With the value and what is possible.
+    """
+    for name in formats.split(","):
+        if name not in FORMATS:
+            raise ValueError(f"unknown format {name!r}; choose from {', '.join(FORMATS)}")
+    for shape in shapes.split(","):
+        shape_of(shape)
+    if not all(part.isdigit() and int(part) for part in rows.split(",")):
+        raise ValueError(f"--rows {rows!r} must be numbers such as 1,64")
 
 
 def activations(m: int, k: int) -> jax.Array:

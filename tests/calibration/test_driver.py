@@ -260,6 +260,26 @@ def test_the_source_is_never_replaced(
     link.unlink()
 
 
+def test_only_models_are_overwritten(
+    checkpoint: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letters.txt").write_text("keep me")
+    (tmp_path / "file").write_text("and me")
+    arguments = ["--model", str(checkpoint), "--overwrite", "--quiet", "--method", "rtn"]
+    for name, message in (("home", "holds no model"), ("file", "is not a folder")):
+        assert script.main([*arguments, "--output", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "home" / "letters.txt").read_text() == "keep me"
+    assert (tmp_path / "file").read_text() == "and me"
+    target = tmp_path / "model"
+    for _ in range(2):
+        assert script.main([*arguments, "--output", str(target)]) == 0
+    assert (target / "config.json").exists() and set(tmp_path.iterdir()) == {
+        tmp_path / name for name in ("home", "file", "model")
+    }
+
+
 def test_text_that_cannot_be_read_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="a.txt is not UTF-8"):

@@ -10,6 +10,7 @@ CUDA plugin without the CUDA libraries, and ptxas on PATH::
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -121,15 +122,19 @@ def target_sharding() -> Any:
     return SingleDeviceSharding(topology.devices[0])
 
 
-def main() -> None:
-    """Read a JSON list of (problem, config) from standard input; write a report for each."""
-    sharding = target_sharding()
-    from qjax.pallas_kernels.weight_only import Config, Problem
+def compile_listed(module: str, compile_one: Callable[[Any, Any, Any], Report]) -> None:
+    """Read a JSON list of (problem, config) from standard input; write a report for each.
 
+    Args:
+      module: The kernel's, in ``qjax.pallas_kernels``, with its ``Problem`` and ``Config``.
+      compile_one: ``(problem, config, sharding) -> Report``.
+    """
+    sharding = target_sharding()
+    kernel: Any = importlib.import_module(f"qjax.pallas_kernels.{module}")
     for problem, config in json.load(sys.stdin):
-        report = compile_problem(Problem(**problem), Config(**config), sharding)
+        report = compile_one(kernel.Problem(**problem), kernel.Config(**config), sharding)
         print(json.dumps(dataclasses.asdict(report)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    compile_listed("weight_only", compile_problem)

@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import sys
 from typing import Any
 
-from tests.kernels.aot import Report, compile_program, target_sharding
+from tests.kernels.aot import Report, compile_listed, compile_program
 
 
 def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
@@ -39,15 +36,5 @@ def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
     )
 
 
-def main() -> None:
-    """Read a JSON list of (problem, config) from standard input; write a report for each."""
-    sharding = target_sharding()
-    from qjax.pallas_kernels.w8a8 import Config, Problem
-
-    for problem, config in json.load(sys.stdin):
-        report = compile_problem(Problem(**problem), Config(**config), sharding)
-        print(json.dumps(dataclasses.asdict(report)), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    compile_listed("w8a8", compile_problem)

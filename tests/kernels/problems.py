@@ -5,22 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from qjax.evaluation import products
 from qjax.pallas_kernels.weight_only import Config, Problem, heuristic_config
 
-SHAPES = {
-    "8b_qkv": (4096, 6144),
-    "8b_o": (4096, 4096),
-    "8b_gate_up": (4096, 28672),
-    "8b_down": (14336, 4096),
-    "8b_lm_head": (4096, 128256),
-    "70b_qkv": (8192, 10240),
-    "70b_o": (8192, 8192),
-    "70b_gate_up": (8192, 57344),
-    "70b_down": (28672, 8192),
-    "qwen3_8b_gate_up": (4096, 24576),
-    "qwen3_8b_down": (12288, 4096),
-    "qwen3_8b_lm_head": (4096, 151936),
-}
+SHAPES = {name: size for name, size in products.SHAPES.items() if name != "ideal"}
 """``(k, n)`` of the linear layers of real models, projections fused where they may be."""
 
 
