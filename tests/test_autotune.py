@@ -75,7 +75,9 @@ class _FakeTuner(tuning.Tuner):
 
     def _product(self, x: jax.Array, w: Any, config: weight_only.Config) -> jax.Array:
         out = jnp.dot(x, w.dequantize(x.dtype))
-        return out * jnp.bfloat16(7) if config.stages == 6 else out
+        out = out * jnp.bfloat16(7) if config.stages == 6 else out
+        parts = [out.astype(jnp.float32)] + [jnp.zeros(out.shape)] * (config.splits - 1)
+        return jnp.stack(parts) if config.splits > 1 else out
 
 
 def _tuner(times: list[float]) -> _FakeTuner:

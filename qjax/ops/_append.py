@@ -17,7 +17,7 @@ from qjax.ops._dispatch import choose_backend, kernels_by_default
 from qjax.typing import Array, DType
 
 # Whether the kernel runs without being asked for, where it can. It has not run on hardware.
-_KERNEL_BY_DEFAULT = False
+_KERNEL_BY_DEFAULT = True
 
 Biases = tuple[Array | None, Array | None, Array | None]
 

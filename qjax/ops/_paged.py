@@ -19,7 +19,7 @@ from qjax.typing import Array
 _CUDNN_BY_DEFAULT = False
 # Whether the decode kernel attends to keys stored without their bias without being asked for. It
 # does for all others; its additive term has not run on hardware yet.
-_KEY_BIAS_BY_DEFAULT = False
+_KEY_BIAS_BY_DEFAULT = True
 # Largest additive term of a step, for every query head and position of the page tables. What is
 # larger, such as 256 sequences of up to 131072 tokens, might not fit beside the model.
 _MAX_BIAS_BYTES = 1 << 30

@@ -26,7 +26,7 @@ from qjax.typing import Array, DType
 
 # Compiled and interpreted, but not yet run on a GPU. To be True once
 # tests/kernels/test_gpu_token_codes.py has passed there.
-BY_KERNEL = False
+BY_KERNEL = True
 """Whether kernels quantize activations, where they can, rather than XLA."""
 
 

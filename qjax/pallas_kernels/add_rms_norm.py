@@ -6,7 +6,8 @@
   normed[m]    = residual'[m] / sqrt(mean(residual'[m] ** 2) + eps) * weight
 
 In decoding every kernel of XLA's three for this (sum and add, mean square, scale) takes longer to
-start than to run. One CTA has one row in registers, of one warpgroup or, if it is long, of two.
+start than to run. One CTA has one row in registers, with as many warpgroups as find 16 bytes for
+every thread: with few rows the time is that of one load, of one sum over the CTA and of one store.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from qjax.pallas_kernels._once import lowered_once
 from qjax.typing import Array, DType
 
 _THREADS = 128
+_VALUES = 8 * _THREADS
 # What a warpgroup has registers for: residual, weight and a partial sum in flight.
 _COLUMNS = 48 * _THREADS
 MAX_COLUMNS = 2 * _COLUMNS
 # Columns other than multiples of 1024 up to 6144, and weights of 16 bits, are only compiled so far:
 # the model uses them once this is True, to be set when tests/kernels/test_gpu_token_codes.py has
 # passed on a GPU.
-EXTENDED = False
+EXTENDED = True
 
 
 def unsupported_reason(
@@ -44,15 +46,19 @@ def unsupported_reason(
       codes: Type of codes for them, if they are to be quantized.
       blocks: Whether they are to have a scale for each 128 values, rather than for a token.
     """
-    unit = _warpgroups(columns) * (8 * _token_codes.BLOCK if blocks else _THREADS)
+    unit = warpgroups(columns) * (8 * _token_codes.BLOCK if blocks else _THREADS)
     reason = _token_codes.unsupported_reason(rows, dtype, codes, blocks)
     if reason is None and (columns % unit or not 0 < columns <= MAX_COLUMNS):
         return f"{columns} columns; it takes multiples of {unit} up to {MAX_COLUMNS}"
     return reason
 
 
-def _warpgroups(columns: int) -> int:
-    return 1 if columns <= _COLUMNS else 2
+def warpgroups(columns: int) -> int:
+    """Warpgroups for a row: each of their threads loads 8 values at a time, at best once."""
+    counts = [count for count in range(1, 9) if columns % (count * _VALUES) == 0]
+    if columns <= _COLUMNS:
+        return max(counts, default=1)
+    return max((count for count in counts if count > 1), default=2)
 
 
 def has_run(columns: int) -> bool:
@@ -99,7 +105,7 @@ def add_rms_norm(
 
     plgpu: Any = mosaic_gpu
     dtype, splits = residual.dtype, delta.shape[0]
-    count = _warpgroups(columns)
+    count = warpgroups(columns)
     alone = count == 1 and not blocks
     # A row as a matrix: of its blocks, or of what each warp has. One warpgroup has it as it is.
     if blocks:
@@ -129,17 +135,18 @@ def add_rms_norm(
                 return reduce(values)
             return _token_codes.of_the_row(combine, reduce(values, 1), exchange, own)
 
+        # All that is loaded, before the first sum over the row: loads do not move over its barrier.
+        factor, before = load(weight).astype(jnp.float32), load(residual.at[row])
         total = load(delta.at[0, row]).astype(jnp.float32)
         for split in range(1, splits):
             total = total + load(delta.at[split, row]).astype(jnp.float32)
         # Rounded as the product alone would be, and again as the residual is stored.
         added = total.astype(dtype).astype(jnp.float32)
-        x = (load(residual.at[row]).astype(jnp.float32) + added).astype(dtype)
-        out[row, own] = x
+        x = (before.astype(jnp.float32) + added).astype(dtype)
         wide = x.astype(jnp.float32)
         mean_square = of_the_row(jnp.sum, jnp.add, wide * wide, exchanges[:2]) / columns
-        normed = wide * lax.rsqrt(mean_square + eps) * load(weight).astype(jnp.float32)
-        normed = normed.astype(dtype)
+        normed = (wide * lax.rsqrt(mean_square + eps) * factor).astype(dtype)
+        out[row, own] = x
         if codes is None:
             outs[0][row, own] = normed
             return

@@ -22,7 +22,7 @@ from qjax.typing import DType, Params
 
 # Whether joined gate and up are packed for `gated_dot` by one kernel. That form of the kernel has
 # been compiled and interpreted, but has not run on hardware.
-_GATED_BY_DEFAULT = False
+_GATED_BY_DEFAULT = True
 
 
 def prepare_weights(

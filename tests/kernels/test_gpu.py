@@ -90,7 +90,11 @@ def test_weights_and_rows(name: str, m: int, rng: np.random.Generator) -> None:
     assert (out == run(x, w)).all(), "results must not differ from run to run"
     half = jax.jit(packed_dot)(x, w)
     assert half.dtype == jnp.bfloat16
-    _check(x, w, half, tolerance + tolerances.BF16_OUTPUT)
+    # Element by element: columns differ in size, and the largest alone may be rounded badly.
+    exact = np.asarray(out, np.float64)
+    size = np.sqrt(np.mean(exact**2, 1, keepdims=True))
+    off = np.abs(np.asarray(half, np.float64) - exact)
+    assert (off <= tolerances.BF16_ELEMENT * np.abs(exact) + tolerance * size).all()
 
 
 @pytest.mark.parametrize("config", CONFIGS)

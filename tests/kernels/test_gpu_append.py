@@ -73,13 +73,16 @@ def test_the_same_as_append(fmt: KVFormat, dim: int) -> None:
     _check_same(by_kernel, by_xla)
 
 
-def _check_same(got: QuantizedKVCache, want: QuantizedKVCache) -> None:
+def _check_same(got: QuantizedKVCache, want: QuantizedKVCache, rotated: bool = False) -> None:
     for name in ("keys", "values", "key_scales", "value_scales", "running", "page_running"):
         x, y = getattr(got, name)[0], getattr(want, name)[0]
         if y is None:
             assert x is None
             continue
         assert x.dtype == y.dtype and x.shape == y.shape
+        if rotated and not want.formats[0].quantized:
+            _check_rounded(x, y)
+            continue
         different = np.asarray(x) != np.asarray(y)
         # XLA may divide less exactly: a value half way between two codes may get the other one.
         codes = want.formats[0].quantized and name in ("keys", "values")
@@ -156,8 +159,18 @@ def test_the_same_as_rotate_and_append(
         )
         expected = rotate(q, table)
         want = step(want, 0, rotate(k, table), v, positions, slots, valid)
-        np.testing.assert_array_equal(np.asarray(queries, "f4"), np.asarray(expected, "f4"))
-    _check_same(got, want)
+        _check_rounded(queries, expected)
+    _check_same(got, want, rotated=True)
+
+
+def _check_rounded(got: jax.Array, want: jax.Array) -> None:
+    """The same but for a few roundings: XLA may fuse one product of a rotation into the sum."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    eps = float(jnp.finfo(want.dtype).eps)
+    x, y = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    np.testing.assert_allclose(x, y, rtol=eps, atol=1e-6)
+    different = (x != y) & ~np.isnan(y)
+    assert different.mean() <= 3e-4, different.mean()
 
 
 def test_two_runs_and_a_loop() -> None:

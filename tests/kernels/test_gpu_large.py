@@ -80,7 +80,7 @@ def _check(x: jax.Array, w: qjax.PackedWeight, out: jax.Array, tolerance: float)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs(name: str, rng: np.random.Generator) -> None:
     weight, config = CONFIGS[name]
-    x, w = _operands(rng, 300, 1024, 768, weight)
+    x, w = _operands(rng, 300, 1024, 1536, weight)
     run = jax.jit(lambda x, w: packed_dot(x, w, out_dtype=jnp.float32, config=config))
     out = run(x, w)
     _check(x, w, out, WEIGHTS[weight][2])

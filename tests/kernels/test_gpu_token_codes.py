@@ -134,7 +134,11 @@ def test_other_sizes(columns: int, weight_dtype: str, rng: np.random.Generator) 
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize("name", ["w8a8_fp8", "w8a8_int8", "w8a8_fp8_block", "w4a8_int8"])
 def test_model(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logits of a small model with the kernels and without them."""
+    """A small model with the kernels is as far from one with exact activations as without them.
+
+    Not logit by logit: where two ways of summing round a value apart its code may differ, and a few
+    such differences move everything after them by as much as the format does.
+    """
     config = ModelConfig(
         vocab_size=256,
         hidden_size=1024,
@@ -148,12 +152,17 @@ def test_model(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = jnp.arange(batch, dtype=jnp.int32)[:, None]
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     params = qjax.quantize_tree(params, {"model/.*/kernel": formats.FORMATS[name]})
+    exact = qjax.dequantize_tree(params, jnp.bfloat16)
+    forward = jax.jit(lambda params: model.apply({"params": params}, tokens)[0])
+    reference = np.asarray(forward(exact), np.float64)
     params, _ = prepare_weights(params, jnp.bfloat16, fuse=True, pack=True)
-    logits = []
+    errors = []
     for by_kernel in (False, True):
         monkeypatch.setattr(activations, "BY_KERNEL", by_kernel)
         program = jax.jit(lambda params: model.apply({"params": params}, tokens)[0])
         lowered = program.lower(params)
         assert ("gated_codes" in lowered.as_text()) == by_kernel
-        logits.append(np.asarray(lowered.compile()(params), np.float64))
-    assert relative_error(logits[1], logits[0]) < 4 * tolerances.BF16_OUTPUT * config.num_layers
+        logits = np.asarray(lowered.compile()(params), np.float64)
+        errors.append(relative_error(logits, reference))
+    print(name, batch, errors)
+    assert 0 < errors[1] < 1.25 * errors[0] < 0.15
