@@ -22,11 +22,13 @@ Examples:
 
 The learning rate warms up, then follows a cosine to zero over the budget (steps or seconds), so the
 model is finished when the budget is. Choose the budget first: stopping early wastes the decay. A
-resumed run may be given another budget. The result of --qat is a quantized checkpoint in the folder
-quantized of the output, in any layout that scripts/quantize.py writes; training may begin with what
-that script wrote. Text is UTF-8, plain or .xz. The output folder holds the model, loss.png (needs
-matplotlib), history.json, and under run/ the encoded text and the checkpoints, which may be deleted
-afterwards.
+resumed run may be given another budget. Ctrl-C (or SIGTERM) ends the update at hand and writes a
+checkpoint; pressed twice it stops at once, and what followed the last checkpoint is lost.
+
+The result of --qat is a quantized checkpoint in the folder quantized of the output, in any layout
+that scripts/quantize.py writes; training may begin with what that script wrote. Text is UTF-8,
+plain or .xz. The output folder holds the model, loss.png (needs matplotlib), history.json, and
+under run/ the encoded text and the checkpoints, which may be deleted afterwards.
 """
 
 from __future__ import annotations
@@ -44,17 +46,19 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from qjax.checkpoints.export import EXPORT_FORMATS, save_model
+from qjax.checkpoints.export import EXPORT_FORMATS, check_storable, save_model
 from qjax.checkpoints.hf import LoadedModel, load_model
 from qjax.formats import QuantFormat, parse_format
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
 from qjax.training.bpe import BOS, EOS, load_or_encode, load_or_train_tokenizer, read_text
 from qjax.training.folder import RunFolder, copy_tokenizer, export_hf, plot_losses
+from qjax.training.interrupt import wish_to_stop
 from qjax.training.loop import (
     Teacher,
     TrainingCheckpoints,
     TrainingConfig,
+    budget_used,
     init_state,
     make_train_step,
     mean_loss,
@@ -103,8 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--qat-scales",
         choices=["learned", "range"],
-        default="learned",
-        help="scales that are trained too, or that cover each tile's range (default %(default)s)",
+        help="with --qat: scales that are trained too, or that cover each tile's range (default "
+        "learned)",
     )
     add(
         "--qat-kv",
@@ -116,11 +120,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--export",
         choices=[name for name in EXPORT_FORMATS if name != "none"],
-        default="compressed-tensors",
-        help="layout of the quantized model of --qat (default %(default)s)",
+        help="with --qat: layout of the quantized model (default compressed-tensors)",
     )
     add("--checkpoint-seconds", type=float, default=300.0, help="default %(default)s")
     return parser.parse_args(argv)
+
+
+def check_args(args: argparse.Namespace) -> QuantFormat | None:
+    """The format of --qat; refuses what would be ignored, and fills in the rest."""
+    qat = None if args.qat is None else parse_format(args.qat)
+    if args.qat is not None and qat is None:
+        raise ValueError(f"--qat {args.qat} does not quantize; leave it out, or give int4 or so")
+    if qat is None:
+        given = {"qat-scales": args.qat_scales, "qat-kv": KV_TYPES[args.qat_kv]}
+        for name, value in (given | {"export": args.export}).items():
+            if value is not None:
+                raise ValueError(f"--{name} goes with --qat FORMAT; give both or leave it out")
+    if not args.checkpoint_seconds >= 0:
+        raise ValueError(f"--checkpoint-seconds {args.checkpoint_seconds} must be 0 or more")
+    args.qat_scales = args.qat_scales or "learned"
+    args.export = args.export or "compressed-tensors"
+    return qat
 
 
 def load_initial(args: argparse.Namespace) -> LoadedModel | None:
@@ -173,6 +193,11 @@ def load_teacher(args: argparse.Namespace, config: ModelConfig) -> Teacher | Non
             f"--teacher {args.teacher} has {loaded.config.vocab_size} tokens, the model "
             f"{config.vocab_size}; both must have one tokenizer"
         )
+    if args.seq_len > loaded.config.max_position_embeddings:
+        raise ValueError(
+            f"--seq-len {args.seq_len} exceeds the {loaded.config.max_position_embeddings} "
+            f"positions of --teacher {args.teacher}"
+        )
 
     def apply_fn(params, tokens, positions):
         return loaded.module.apply({"params": params}, tokens, positions)[0]
@@ -209,9 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         weight_decay=args.weight_decay,
         seed=args.seed,
     )
-    qat = None if args.qat is None else parse_format(args.qat)
-    if qat is None and (args.qat_kv != "none" or args.qat is not None):
-        raise ValueError("--qat-kv goes with a --qat that quantizes, such as int8 or int4")
+    qat = check_args(args)
     # Every input is read before any work is done.
     text = read_text(args.text)
     valid_text = read_text(args.valid) if args.valid else None
@@ -247,6 +270,13 @@ def main(argv: list[str] | None = None) -> None:
     tokens = load_or_encode(folder.run, tokenizer, text)
     valid = None if valid_text is None else load_or_encode(folder.run, tokenizer, valid_text)
     del text
+    # Now, and not after hours of training.
+    for flag, ids in (("text", tokens), ("valid", valid)):
+        if ids is not None and len(ids) < args.seq_len:
+            raise ValueError(
+                f"--{flag} {getattr(args, flag)} has {len(ids)} tokens, fewer than --seq-len "
+                f"{args.seq_len}; give more text or shorter sequences"
+            )
 
     module = Decoder(config, dtype=jnp.dtype(args.dtype))
 
@@ -258,6 +288,10 @@ def main(argv: list[str] | None = None) -> None:
 
     checkpoints = TrainingCheckpoints(folder.run / "checkpoints")
     fresh = init_state(module, training, start)
+    if qat is not None:  # the same command with another --export goes on in this folder
+        trained = quantize_trained(fresh.params, qat, jnp.bfloat16)
+        check_storable(dataclasses.replace(config, dtype="bfloat16"), trained, args.export)
+        del trained
     state = checkpoints.restore(fresh) or fresh
     history = folder.load_history(state.step)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -272,25 +306,34 @@ def main(argv: list[str] | None = None) -> None:
     bar = tqdm(total=1000, bar_format="{l_bar}{bar}| {elapsed}{postfix}", file=sys.stderr)
     window_tokens, window_start, shown = 0, time.monotonic(), float("nan")
     updates = train(state, step_fn, tokens, training, bos_id=bos)
-    for state, metrics in updates:
-        history.append((metrics.step * metrics.tokens, metrics.loss))
-        shown = metrics.loss if math.isnan(shown) else 0.95 * shown + 0.05 * metrics.loss
-        window_tokens += metrics.tokens
-        now = time.monotonic()
-        if now - window_start > 5:
-            rate = window_tokens / (now - window_start)
-            window_tokens, window_start = 0, now
-            bar.n = min(1000, int(1000 * metrics.progress))
-            bar.set_postfix_str(f"step {metrics.step}, loss {shown:.3f}, {rate:,.0f} tokens/s")
-        if now - saved > args.checkpoint_seconds:
-            checkpoints.save(state)
-            folder.save_history(history)
-            export_model(args, state.params, config, qat)  # the model so far can be tried
-            saved = now
+    with wish_to_stop() as stopping:
+        for state, metrics in updates:
+            history.append((metrics.step * metrics.tokens, metrics.loss))
+            shown = metrics.loss if math.isnan(shown) else 0.95 * shown + 0.05 * metrics.loss
+            window_tokens += metrics.tokens
+            now = time.monotonic()
+            if now - window_start > 5:
+                rate = window_tokens / (now - window_start)
+                window_tokens, window_start = 0, now
+                bar.n = min(1000, int(1000 * metrics.progress))
+                bar.set_postfix_str(f"step {metrics.step}, loss {shown:.3f}, {rate:,.0f} tokens/s")
+            if stopping():
+                break
+            if now - saved > args.checkpoint_seconds:
+                # History first: what it has beyond a checkpoint is cut off, a gap stays.
+                folder.save_history(history)
+                checkpoints.save(state)
+                export_model(args, state.params, config, qat)  # the model so far can be tried
+                saved = now
+        interrupted = stopping() and budget_used(training, state.step, state.elapsed) < 1
     bar.close()
+    folder.save_history(history)
     checkpoints.save(state)
     checkpoints.close()
-    folder.save_history(history)
+    if interrupted:
+        raise KeyboardInterrupt(
+            f"interrupted after step {state.step}; the same command goes on from there"
+        )
 
     where = export_model(args, state.params, config, qat)
     print(f"{state.step} updates in {state.elapsed:.0f} s; model written to {where}")
@@ -306,5 +349,8 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except KeyboardInterrupt as error:
+        print(f"train.py: {error or 'interrupted; the last checkpoint stays'}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, NotImplementedError) as error:
         sys.exit(f"error: {error}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import lzma
 import math
 import sys
@@ -20,7 +19,6 @@ from qjax.checkpoints.hf import load_model
 from qjax.formats import (
     FP8_E4M3_CHANNEL,
     INT2_G32_ASYM,
-    INT4_G32,
     INT8_CHANNEL,
     W8A8_INT8,
     QuantFormat,
@@ -162,6 +160,10 @@ def test_batches_depend_on_seed_and_step_only(tokens) -> None:
         ({"max_steps": None}, "both None"),
         ({"batch_size": 0}, "batch_size=0 must be positive"),
         ({"max_seconds": -1.0}, "max_seconds=-1.0 must be positive"),
+        ({"learning_rate": math.inf}, "learning_rate=inf must be positive and finite"),
+        ({"weight_decay": math.nan}, "weight_decay=nan must be 0 or more"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be 0 or more"),
+        ({"seed": -1}, "seed=-1 must lie in"),
         ({"optimizer": "sgd"}, "must be 'muon' or 'adamw'"),
         ({"warmup": 1.0}, "fraction of the budget"),
     ],
@@ -268,31 +270,6 @@ def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"qjax\[plot\]"):
         folder.plot_losses([(1, 2.0)], tmp_path / "loss.png")
-
-
-def test_script_trains_resumes_and_reports(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from scripts import train as script
-
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
-    out = tmp_path / "out"
-    argv = f"--text {text} --valid {text} --output-dir {out} --max-steps 2 --vocab-size 300"
-    argv += " --hidden-size 16 --intermediate-size 16 --num-layers 1 --num-heads 2"
-    argv += " --num-kv-heads 1 --head-dim 8 --seq-len 16 --batch-size 2 --dtype float32"
-    argv += " --optimizer adamw"
-    script.main(argv.split())
-    first = capsys.readouterr().out
-    assert "2 updates" in first and "perplexity" in first
-    assert len(json.loads((out / "history.json").read_text())) == 2
-    assert load_model(out, progress=False).tokenizer is not None
-    weights = (out / "model.safetensors").read_bytes()
-    script.main(argv.split())  # nothing left to do
-    assert capsys.readouterr().out == first
-    assert (out / "model.safetensors").read_bytes() == weights
-    with pytest.raises(ValueError, match="does not exist"):
-        script.main([*argv.split(), "--text", str(tmp_path / "none.txt")])
 
 
 def test_fake_quantized_parameters_are_on_the_grid_and_pass_gradients() -> None:
@@ -407,39 +384,6 @@ def test_training_for_a_format_beats_rounding_afterwards(apply_fn, tokens) -> No
     trained = loss(quantized, go_on(loop.make_train_step(quantized, longer)))
     assert trained < loss(quantized, start) - 0.2
     assert trained < rounded - 0.1
-
-
-def test_script_trains_an_existing_model_for_a_format(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: Any
-) -> None:
-    from scripts import train as script
-
-    text, start, out = tmp_path / "text.txt", tmp_path / "start", tmp_path / "out"
-    text.write_text(TEXT)
-    config = dataclasses.replace(CONFIG, max_position_embeddings=16, bos_token_id=0)
-    bpe.save_tokenizer(tokenizer, start, model_max_length=16)
-    folder.export_hf(fresh().params, config, start)
-    argv = f"--text {text} --output-dir {out} --max-steps 1 --seq-len 16 --init-from {start}"
-    argv += " --qat int4_g32 --batch-size 2 --optimizer adamw --dtype float32"
-    script.main(argv.split())
-    assert "1 updates" in capsys.readouterr().out
-    loaded = load_model(out / "quantized", progress=False)
-    assert loaded.config == dataclasses.replace(config, dtype="bfloat16")
-    kernel = loaded.params["model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
-    assert kernel.fmt == INT4_G32
-    # Its own result can be trained further, here after what the original says.
-    again = argv.replace(str(out), str(tmp_path / "again")).replace(str(start), f"{out}/quantized")
-    script.main([*again.split(), "--teacher", str(start)])
-    assert load_model(tmp_path / "again" / "quantized", progress=False).method is not None
-    for more, message in [
-        ("--hidden-size 8", "leave out"),
-        ("--seq-len 17", "exceeds the 16 positions"),
-        ("--qat int5", "unknown format"),
-        ("--qat none --qat-kv int8", "goes with a --qat"),
-        ("--qat int8", "started with other settings"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            script.main([*argv.split(), *more.split()])
 
 
 def test_loss_is_the_tolerance_away_from_uniform_at_the_start(apply_fn, tokens) -> None:

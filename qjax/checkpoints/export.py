@@ -100,6 +100,24 @@ def save_model(
             write_tensors(temporary, sources, max_shard_bytes=max_shard_bytes, advance=bar.update)
 
 
+def check_storable(config: ModelConfig, params: Params, format: str | WriterFactory) -> None:
+    """Finds out without writing whether ``save_model`` could write this.
+
+    Args:
+      config: The model's configuration.
+      params: As for ``save_model``; values may be any, such as those before training.
+      format: As for ``save_model``.
+
+    Raises:
+      CheckpointError: If the format cannot hold the model; names the layer and the reason.
+    """
+    leaves = _check_params(config, params)
+    writer = _make_writer(format, leaves, None, {})
+    for leaf, value in leaves:
+        if writer is not None and is_quantized(value):
+            writer.layout(leaf.layer, value)
+
+
 def _check_params(config: ModelConfig, params: Params) -> list[tuple[Leaf, Any]]:
     """All parameters in the order of ``model_leaves``."""
     flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]

@@ -121,8 +121,9 @@ def save_tokenizer(tokenizer: Any, directory: str | Path, *, model_max_length: i
         "clean_up_tokenization_spaces": False,
         "model_max_length": model_max_length,
     }
-    write_text_atomic(directory / "tokenizer.json", tokenizer.to_str())
+    # tokenizer.json last: where it is, a resumed run takes the rest to be there too.
     write_text_atomic(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_text_atomic(directory / "tokenizer.json", tokenizer.to_str())
 
 
 def encode_corpus(tokenizer: Any, text: str, *, chunk_chars: int = 200_000) -> np.ndarray:
