@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qjax._files import write_text_atomic
-from qjax.evaluation.isolated import flags_from
+from qjax.evaluation.isolated import check_files_and_limits, flags_from
 from qjax.evaluation.pool import run_pool, turn, work_through
 from qjax.pallas_kernels.tuned import table_path
 
@@ -143,7 +143,9 @@ def measure(args: argparse.Namespace) -> bool:
             if error is None and (timed := measured(found)):
                 said = update_table(timed, args.output)
     total = sum(map(len, tasks))
-    print(f"{progress.finished} of {total} products, {progress.failed} with errors; {said}")
+    print(
+        f"{progress.finished} of {total} products, {progress.failed} with errors; {said or 'no entry'}"
+    )
     return said is not None
 
 
@@ -155,6 +157,16 @@ def check(args: argparse.Namespace) -> None:
     """
     from qjax.evaluation.products import check_products
 
+    if args.source is not None:
+        for name, value in vars(args).items():
+            if name not in ("source", "output") and value != build_parser().get_default(name):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(
+                    f"{flag} is about measuring; --from measures nothing, leave it out"
+                )
+        if not pathlib.Path(args.source).is_file():
+            raise ValueError(f"--from {args.source}: no such file; give one of bench_matmul.py")
+    check_files_and_limits(args)
     check_products(args.formats, args.shapes, args.rows)
     if args.workers < 1 or args.launches < 1 or args.search < 0:
         raise ValueError("--workers and --launches must be at least 1 and --search at least 0")

@@ -15,7 +15,6 @@ import functools
 import importlib
 import importlib.util
 import json
-import pathlib
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ import numpy as np
 
 from qjax._device import device_info
 from qjax.evaluation.device_time import device_seconds
-from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
+from qjax.evaluation.isolated import check_files_and_limits, flags_from, print_rows, run_isolated
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat, parse_kv_format
 from qjax.nn.rotary import rope_frequencies
@@ -61,6 +60,8 @@ columns
   kernels  each of a call, in their order: what prepares, attends and merges
 """
 
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -87,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--head-dim", type=int, default=128, help="(%(default)s)")
     add("--page-size", type=int, default=64, help="(%(default)s)")
     add("--window", type=int, help="sliding window")
-    add("--dtype", default="bfloat16", help="of the queries (%(default)s)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the queries (%(default)s)")
     add("--search", type=int, default=0, metavar="N", help="also time N configs of the kernel")
     add(
         "--rate",
@@ -447,10 +448,17 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--q-heads {args.q_heads} must be a multiple of --kv-heads")
     if args.launches < 1 or args.search < 0 or args.tokens < 1:
         raise ValueError("--launches and --tokens must be at least 1 and --search at least 0")
+    for name in ("q_heads", "head_dim", "page_size", "window"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if args.search and "mosaic_gpu" not in args.backends.split(","):
+        raise ValueError(f"--search {args.search} has no use without the backend mosaic_gpu")
+    if args.rate is not None and not args.rate > 0:
+        raise ValueError(f"--rate {args.rate} must be positive")
+    check_files_and_limits(args)
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'qjax[plot]'")
-    if args.plot is not None and not pathlib.Path(args.plot).resolve().parent.is_dir():
-        raise ValueError(f"--plot {args.plot}: no such folder")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from qjax.calibrate.clock import PhaseClock
 from qjax.calibrate.run import calibrate_checkpoint
 from qjax.calibrate.settings import METHODS, Settings
 from qjax.checkpoints.export import save_model
+from qjax.evaluation.isolated import check_files_and_limits
 from qjax.formats import parse_format
 from qjax.models.config import ModelConfig
 from qjax.serving.synthetic import SHAPES, random_params
@@ -106,13 +107,42 @@ def extrapolate(clock: PhaseClock, layers: int) -> tuple[float, dict[str, float]
     return total, phases
 
 
+def check(args: argparse.Namespace) -> Settings:
+    """Settings of the command line.
+
+    Raises:
+      ValueError: With the value and what is possible.
+    """
+    if args.layers < 2:
+        raise ValueError(f"--layers {args.layers} must be at least 2: the first compiles")
+    for name in ("samples", "seq_len", "batch_tokens", "vocab_size"):
+        if getattr(args, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {getattr(args, name)} must be at least 1")
+    fmt = parse_format(args.format)
+    if fmt is None:
+        raise ValueError(f"--format {args.format} does not quantize; choose int4 or the like")
+    check_files_and_limits(args)
+    if args.time_limit == 0:
+        raise ValueError("--time-limit 0 leaves no time; give more, or leave it out")
+    if args.work_dir is not None and not args.work_dir.is_dir():
+        raise ValueError(f"--work-dir {args.work_dir} is no folder")
+    return Settings(
+        fmt,
+        args.method,
+        sweeps=args.sweeps,
+        sequential=not args.no_sequential,
+        correction=None if args.no_correction else 0.1,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     args = build_parser().parse_args(argv)
-    if args.layers < 2:
-        print(
-            f"error: --layers {args.layers} must be at least 2: the first compiles", file=sys.stderr
-        )
+    try:
+        settings = check(args)
+    except ValueError as error:
+        print(f"bench_calibration.py: error: {error}", file=sys.stderr)
         return 2
     prefer_quick_compilation()
     if args.time_limit is not None:
@@ -124,13 +154,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_layers=args.layers,
         vocab_size=min(args.vocab_size, shape.vocab_size),
         layer_windows=(),
-    )
-    settings = Settings(
-        parse_format(args.format),
-        args.method,
-        sweeps=args.sweeps,
-        sequential=not args.no_sequential,
-        correction=None if args.no_correction else 0.1,
     )
     with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
         source, clock = Path(work) / "model", TalkingClock()

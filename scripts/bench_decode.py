@@ -26,7 +26,7 @@ from qjax._compat import compile_lowered
 from qjax._device import compiler_options, device_info
 from qjax.checkpoints.hf import check_cuts
 from qjax.evaluation.device_time import kernel_seconds
-from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
+from qjax.evaluation.isolated import check_files_and_limits, flags_from, print_rows, run_isolated
 from qjax.formats import FORMATS, parse_format
 from qjax.generate import activation_qtype, decode
 from qjax.kv_format import parse_kv_format
@@ -80,7 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-sizes", default="1,64", help="sequences that decode together (%(default)s)")
     add("--context", type=int, default=1024, help="cached tokens per sequence (%(default)s)")
     add("--kv-cache-dtype", default="bf16", help="as in serve.py (%(default)s)")
-    add("--kv-scale-mode", choices=("tracked", "dynamic", "static"), default="tracked")
+    add(
+        "--kv-scale-mode",
+        choices=("tracked", "dynamic", "static"),
+        help="scales of a quantized KV cache, as in serve.py (tracked)",
+    )
     add("--page-size", type=int, default=64, help="tokens per page (%(default)s)")
     add("--steps", type=int, default=32, help="decode steps per program (%(default)s)")
     add("--blocks", type=int, default=4, help="programs per measurement (%(default)s)")
@@ -144,7 +148,9 @@ def measure(args: argparse.Namespace, name: str, batch: int, params: Any, mesh: 
         attention_backend=backend,
         parallel=devices.parallel,
     )
-    fmt = parse_kv_format(args.kv_cache_dtype, mode=args.kv_scale_mode, model_dtype=module.dtype)
+    fmt = parse_kv_format(
+        args.kv_cache_dtype, mode=args.kv_scale_mode or "tracked", model_dtype=module.dtype
+    )
     # Every block starts at the same length, so that the middle of it is at the context length.
     start = args.context - args.steps // 2
     cache = devices.make_cache(
@@ -301,7 +307,13 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"unknown format {name!r}; choose from {', '.join(FORMATS)}")
         # Nothing here may look for devices: that would take their memory from the children.
         check_cuts(config, args.tp_size, parse_format(name), None)
-    parse_kv_format(args.kv_cache_dtype, model_dtype=jnp.bfloat16)
+    kv = parse_kv_format(args.kv_cache_dtype, model_dtype=jnp.bfloat16)
+    if args.kv_scale_mode is not None and not kv.quantized:
+        raise ValueError(
+            f"--kv-scale-mode {args.kv_scale_mode}: --kv-cache-dtype {args.kv_cache_dtype} has no "
+            "scales; choose fp8_e4m3, int8 or the like"
+        )
+    check_files_and_limits(args)
     if not all(part.isdigit() and int(part) for part in args.batch_sizes.split(",")):
         raise ValueError(f"--batch-sizes {args.batch_sizes!r} must be numbers such as 1,64")
     for name in ("steps", "blocks", "repeats", "page_size"):

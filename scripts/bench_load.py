@@ -31,7 +31,7 @@ from qjax.checkpoints.hf import load_model
 from qjax.checkpoints.layout import model_leaves
 from qjax.checkpoints.safetensors_io import SafetensorsCheckpoint
 from qjax.checkpoints.writer import Source, TensorSpec, write_json, write_tensors
-from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
+from qjax.evaluation.isolated import check_files_and_limits, flags_from, print_rows, run_isolated
 from qjax.formats import FORMATS, QuantFormat, parse_format
 from qjax.models.config import ModelConfig
 from qjax.quantize import quantized_nbytes
@@ -307,6 +307,7 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be at least 1")
     if args.folder is not None and not Path(args.folder).is_dir():
         raise ValueError(f"--folder {args.folder} is no folder")
+    check_files_and_limits(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-import pathlib
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ import numpy as np
 
 from qjax._device import compiler_options, device_info
 from qjax.evaluation.device_time import device_seconds
-from qjax.evaluation.isolated import flags_from, print_rows, run_isolated
+from qjax.evaluation.isolated import check_files_and_limits, flags_from, print_rows, run_isolated
 from qjax.evaluation.products import (
     MAX_ERROR,
     SHAPES,
@@ -335,11 +334,12 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
     if args.launches < 1 or args.search < 0:
         raise ValueError("--launches must be at least 1 and --search at least 0")
-    if args.plot is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib: pip install 'qjax[plot]'")
-        if not pathlib.Path(args.plot).resolve().parent.is_dir():
-            raise ValueError(f"--plot {args.plot}: no such folder")
+    if (args.search or args.every) and "mosaic_gpu" not in args.backends.split(","):
+        flag = "--search" if args.search else "--every"
+        raise ValueError(f"{flag} is about configs of kernels; add mosaic_gpu to --backends")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'qjax[plot]'")
+    check_files_and_limits(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,12 +8,38 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _REASON_LENGTH = 300
+
+
+def check_files_and_limits(args: argparse.Namespace) -> None:
+    """Refuse what would be noticed after the first measurement only, or never.
+
+    Args:
+      args: Parsed arguments; those among them that are called ``output``, ``rows_output`` or
+        ``plot`` are files to write, ``*_limit`` are seconds, and ``rotate_mb`` megabytes.
+
+    Raises:
+      ValueError: If a file has no folder or is one, or a number is negative, infinite or none.
+    """
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in ("output", "rows_output", "plot") and value is not None:
+            path = Path(value)
+            if path.is_dir() or not path.resolve().parent.is_dir():
+                what = "is a folder; name a file" if path.is_dir() else "no such folder; make it"
+                raise ValueError(f"{flag} {value}: {what}")
+            if name == "plot" and path.suffix not in (".png", ".pdf", ".svg"):
+                raise ValueError(f"{flag} {value}: name it .png, .pdf or .svg")
+        if name.endswith("_limit") or name == "rotate_mb":
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{flag} {value} must be 0 or more, and finite")
 
 
 def flags_from(args: argparse.Namespace, names: Sequence[str]) -> list[str]:

@@ -27,7 +27,9 @@ from qjax.ops.norm import (
     rms_norm,
 )
 from qjax.ops.packed import PackedWeight
-from qjax.ops.packed_w8a8 import takes_codes
+from qjax.ops.packed_w8a8 import PackedW8A8, takes_codes
+from qjax.pallas_kernels import _ahead
+from qjax.pallas_kernels._ahead import ReadNext
 from qjax.quantized_array import QuantizedArray
 
 Taps = dict[str, Any]
@@ -49,6 +51,26 @@ def codes_format(
     fmt = takes_codes(block[name]["kernel"]) if name in block else None
     rows = math.prod(shape[:-1])
     return fmt if fmt is not None and codes_by_kernel(rows, shape[-1], dtype, fmt) else None
+
+
+def read_next(block: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> ReadNext | None:
+    """What a layer's product reads, for kernels that run before it with few tokens.
+
+    Args:
+      block: Parameters of the block with the layer.
+      name: Name of the layer.
+      shape: Of its input, ``(..., in)``.
+
+    Returns:
+      The codes of a packed weight, or a plain one of 16 bits; None for any other, or many tokens.
+    """
+    if name not in block or math.prod(shape[:-1]) > _ahead.MAX_ROWS:
+        return None
+    kernel = block[name]["kernel"]
+    if isinstance(kernel, PackedWeight):
+        return ReadNext(kernel.words, by_columns=isinstance(kernel, PackedW8A8))
+    plain = isinstance(kernel, jax.Array) and kernel.dtype.itemsize == 2
+    return ReadNext(kernel) if plain else None
 
 
 class QuantDense(nn.Module):
@@ -129,7 +151,11 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, delta: jax.Array | None = None, codes: QuantFormat | None = None
+        self,
+        x: jax.Array,
+        delta: jax.Array | None = None,
+        codes: QuantFormat | None = None,
+        ahead: ReadNext | None = None,
     ) -> Any:
         """Normalise, after adding to the residual stream if there is something to add.
 
@@ -137,6 +163,7 @@ class RMSNorm(nn.Module):
           x: ``(..., d)``.
           delta: ``(s, ..., d)``, added to ``x`` first; see ``add_rms_norm``.
           codes: With a delta: format in which the result is welcome, from ``codes_format``.
+          ahead: With a delta: what the device reads next; see ``add_rms_norm``.
 
         Returns:
           ``(..., d)`` of ``dtype``, or a ``QuantizedActivation``; with a delta the new ``x`` as
@@ -150,8 +177,8 @@ class RMSNorm(nn.Module):
         if backend == "xla" or x.dtype != self.dtype:
             codes = None
         if codes is not None and add_rms_norm_codes_unsupported_reason(x, codes) is None:
-            return add_rms_norm_codes(x, delta, weight, self.eps, codes)
-        x, y = add_rms_norm(x, delta, weight, self.eps, backend=backend)
+            return add_rms_norm_codes(x, delta, weight, self.eps, codes, ahead=ahead)
+        x, y = add_rms_norm(x, delta, weight, self.eps, ahead=ahead, backend=backend)
         return x, y.astype(self.dtype)
 
 

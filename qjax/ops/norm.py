@@ -13,6 +13,7 @@ from qjax.formats import QuantFormat
 from qjax.ops._dispatch import choose_backend
 from qjax.ops.activations import QuantizedActivation, kernel_options
 from qjax.pallas_kernels import add_rms_norm as kernel
+from qjax.pallas_kernels._ahead import ReadNext
 from qjax.typing import Array, DType
 
 _F32 = jnp.float32
@@ -36,13 +37,17 @@ def add_rms_norm_unsupported_reason(residual: Array) -> str | None:
     """Why the Mosaic GPU kernel cannot normalise these rows here; None if it can."""
     rows, columns = math.prod(residual.shape[:-1]), residual.shape[-1]
     reason = kernel.unsupported_reason(rows, columns, residual.dtype)
-    if reason is None and not kernel.has_run(columns):
-        return f"{columns} columns, which the kernel takes but which have not run on a GPU yet"
     return reason or mosaic_gpu_unsupported_reason()
 
 
 def add_rms_norm(
-    residual: Array, delta: Array, weight: Array, eps: float, *, backend: str | None = None
+    residual: Array,
+    delta: Array,
+    weight: Array,
+    eps: float,
+    *,
+    ahead: ReadNext | None = None,
+    backend: str | None = None,
 ) -> tuple[Array, Array]:
     """Add to the residual stream and normalise it.
 
@@ -52,6 +57,8 @@ def add_rms_norm(
         returns them. Added in order in float32 and rounded to the type of ``residual``.
       weight: ``(d,)``.
       eps: Added to the mean square.
+      ahead: What the device reads next, such as the following product's weight: the kernel asks for
+        its beginning to be in the L2 cache. It has no influence on the result.
       backend: ``"xla"``, ``"mosaic_gpu"``, or None for the kernel where it can run.
 
     Returns:
@@ -63,18 +70,13 @@ def add_rms_norm(
     reason = add_rms_norm_unsupported_reason(residual)
     if choose_backend("add_rms_norm", backend, reason) == "xla":
         return _reference(eps, residual, delta, weight)
-    return _by_kernel(eps, residual, delta, weight)
+    return _by_kernel(eps, residual, delta, weight, ahead)
 
 
 def _reference(eps: float, residual: Array, delta: Array, weight: Array) -> tuple[Array, Array]:
     total = functools.reduce(jnp.add, [part.astype(_F32) for part in delta])
     residual = residual + total.astype(residual.dtype)
     return residual, rms_norm(residual, weight, eps, residual.dtype)
-
-
-def _stored(weight: Array) -> Array:
-    """The weight as the kernel takes it: a conversion outside is a kernel of its own."""
-    return weight if kernel.EXTENDED else weight.astype(_F32)
 
 
 def add_rms_norm_codes_unsupported_reason(residual: Array, fmt: QuantFormat) -> str | None:
@@ -87,7 +89,13 @@ def add_rms_norm_codes_unsupported_reason(residual: Array, fmt: QuantFormat) -> 
 
 
 def add_rms_norm_codes(
-    residual: Array, delta: Array, weight: Array, eps: float, fmt: QuantFormat
+    residual: Array,
+    delta: Array,
+    weight: Array,
+    eps: float,
+    fmt: QuantFormat,
+    *,
+    ahead: ReadNext | None = None,
 ) -> tuple[Array, QuantizedActivation]:
     """``add_rms_norm`` by the kernel, for products with 8-bit activations.
 
@@ -99,6 +107,7 @@ def add_rms_norm_codes(
       weight: ``(d,)``.
       eps: Added to the mean square.
       fmt: Format of the normalised rows.
+      ahead: As for ``add_rms_norm``.
 
     Returns:
       The new residual, and what ``quantize`` makes of the normalised rows, rounded to its type.
@@ -111,8 +120,9 @@ def add_rms_norm_codes(
     out, values, scale = kernel.add_rms_norm(
         residual.reshape(rows, d),
         delta.reshape(delta.shape[0], rows, d),
-        _stored(weight),
+        weight,
         eps,
+        ahead,
         codes=codes,
         blocks=blocks,
     )
@@ -121,22 +131,26 @@ def add_rms_norm_codes(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_kernel(eps: float, residual: Array, delta: Array, weight: Array) -> tuple[Array, Array]:
+def _by_kernel(
+    eps: float, residual: Array, delta: Array, weight: Array, ahead: ReadNext | None
+) -> tuple[Array, Array]:
     rows, d = math.prod(residual.shape[:-1]), residual.shape[-1]
     flat = delta.reshape(delta.shape[0], rows, d)
-    out, normed = kernel.add_rms_norm(residual.reshape(rows, d), flat, _stored(weight), eps)
+    out, normed = kernel.add_rms_norm(residual.reshape(rows, d), flat, weight, eps, ahead)
     return out.reshape(residual.shape), normed.reshape(residual.shape)
 
 
-def _forward(eps: float, *arguments: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    return _by_kernel(eps, *arguments), arguments
+def _forward(
+    eps: float, residual: Array, delta: Array, weight: Array, ahead: ReadNext | None
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    return _by_kernel(eps, residual, delta, weight, ahead), (residual, delta, weight)
 
 
 def _backward(
     eps: float, arguments: tuple[Array, ...], cotangents: tuple[Array, Array]
-) -> tuple[Array, ...]:
+) -> tuple[Array | None, ...]:
     _, pull_back = jax.vjp(functools.partial(_reference, eps), *arguments)
-    return pull_back(cotangents)
+    return *pull_back(cotangents), None
 
 
 _by_kernel.defvjp(_forward, _backward)

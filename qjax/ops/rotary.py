@@ -19,6 +19,7 @@ from qjax.ops._append import (
     rotate_and_append_unsupported_reason,
 )
 from qjax.ops.kv import append, check_append
+from qjax.pallas_kernels._ahead import ReadNext
 from qjax.typing import Array, ArrayLike, DType
 
 
@@ -116,6 +117,7 @@ def rotate_and_append(
     *,
     projected: Projected | None = None,
     mix: Callable[[Array], Array] | None = None,
+    ahead: ReadNext | None = None,
     backend: str | None = None,
 ) -> tuple[Array, Array, QuantizedKVCache]:
     """Rotate new queries and keys, and store keys and values in one layer, quantized.
@@ -134,6 +136,7 @@ def rotate_and_append(
         kernel reads this in their place.
       mix: Changes rotated queries and keys, of shape and type alike, before keys are stored; for
         formats that have ``mixes_keys``.
+      ahead: What the device reads after attention: see ``add_rms_norm``.
       backend: ``"mosaic_gpu"`` (one token per row, on Hopper), ``"xla"``, or None; see
         ``ops._append.rotate_and_append_unsupported_reason``. With None the kernel runs where it can
         once it does so by default.
@@ -170,6 +173,7 @@ def rotate_and_append(
             positions,
             slots,
             valid,
+            ahead,
         )
         return queries.reshape(q.shape), keys, cache
     queries, stored = rotate_heads(q, table), keys

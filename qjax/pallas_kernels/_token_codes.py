@@ -23,6 +23,7 @@ KINDS = ("float8_e4m3fn", "float8_e5m2", "int8")
 BLOCK = 128
 """Values per scale, where there are several of a token."""
 MAX_ROWS = 256
+"""Where there are no codes. For them XLA reads the values twice, with any number of rows."""
 _THREADS = 128
 _TINY = float(np.finfo(np.float32).tiny)
 # Adding it leaves an integer of up to 22 bits, rounded to nearest even, in the low bits of the sum.
@@ -44,7 +45,9 @@ def unsupported_reason(rows: int, dtype: DType, kind: str | None, blocks: bool) 
         return f"{kind} codes; there are {', '.join(KINDS)}"
     if blocks and kind == "int8":
         return "int8 codes with block scales; those are for fp8"
-    if not 1 <= rows <= MAX_ROWS:
+    if rows < 1:
+        return f"{rows} rows; at least one is needed"
+    if kind is None and rows > MAX_ROWS:
         return f"{rows} rows; beyond {MAX_ROWS} XLA's kernels fill the device"
     return None
 

@@ -8,10 +8,12 @@
 In decoding every kernel of XLA's three for this (sum and add, mean square, scale) takes longer to
 start than to run. One CTA has one row in registers, with as many warpgroups as find 16 bytes for
 every thread: with few rows the time is that of one load, of one sum over the CTA and of one store.
+Further CTAs ask for what the next kernel reads (``_ahead``), as the memory has nothing else to do.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -19,7 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from qjax.pallas_kernels import _token_codes
+from qjax.pallas_kernels import _ahead, _token_codes
+from qjax.pallas_kernels._ahead import ReadNext
 from qjax.pallas_kernels._once import lowered_once
 from qjax.typing import Array, DType
 
@@ -28,10 +31,6 @@ _VALUES = 8 * _THREADS
 # What a warpgroup has registers for: residual, weight and a partial sum in flight.
 _COLUMNS = 48 * _THREADS
 MAX_COLUMNS = 2 * _COLUMNS
-# Columns other than multiples of 1024 up to 6144, and weights of 16 bits, are only compiled so far:
-# the model uses them once this is True, to be set when tests/kernels/test_gpu_token_codes.py has
-# passed on a GPU.
-EXTENDED = True
 
 
 def unsupported_reason(
@@ -61,17 +60,13 @@ def warpgroups(columns: int) -> int:
     return max((count for count in counts if count > 1), default=2)
 
 
-def has_run(columns: int) -> bool:
-    """Whether rows of such a size have been normalised on a GPU."""
-    return EXTENDED or (columns % 1024 == 0 and columns <= _COLUMNS)
-
-
 @lowered_once("eps", "codes", "blocks", "interpret")
 def add_rms_norm(
     residual: Array,
     delta: Array,
     weight: Array,
     eps: float,
+    ahead: ReadNext | None = None,
     *,
     codes: str | None = None,
     blocks: bool = False,
@@ -85,6 +80,7 @@ def add_rms_norm(
         rounded to that type before they are added.
       weight: ``(d,)``, float32 or 16-bit floats.
       eps: Added to the mean square.
+      ahead: What the device reads next; None for nothing. It changes no result.
       codes: Give the normalised rows, rounded to the type of ``residual``, as codes of this type:
         one of ``_token_codes.KINDS``.
       blocks: With ``codes``: a scale for each 128 values of a row, rather than for the row.
@@ -118,7 +114,20 @@ def add_rms_norm(
         view = 4 * count, columns // count // 4
         layout = _token_codes.layout_of_warps(_token_codes.vector(columns // count))
 
-    def kernel(residual: Any, delta: Any, weight: Any, out: Any, *refs: Any) -> None:
+    boxes = None if interpret else _ahead.boxes(ahead)
+
+    def kernel(*refs: Any) -> None:
+        if boxes is None:
+            normalise(*refs)
+            return
+        number = lax.axis_index("row") - grid
+        pl.when(number < 0)(lambda: normalise(*refs[:3], *refs[4:]))
+        first = number >= 0
+        if count > 1:
+            first &= lax.axis_index("warpgroup") == 0
+        pl.when(first)(functools.partial(_ahead.ask, refs[3], boxes, number))
+
+    def normalise(residual: Any, delta: Any, weight: Any, out: Any, *refs: Any) -> None:
         outs, exchanges = refs[: len(out_types) - 1], refs[len(out_types) - 1 :]
         out_row = lax.axis_index("row")
         row = out_row if codes is None else jnp.minimum(out_row, rows - 1)
@@ -169,7 +178,7 @@ def add_rms_norm(
     run = plgpu.kernel(
         kernel,
         out_type=tuple(out_types),
-        grid=(grid,),
+        grid=(grid + (0 if boxes is None else boxes.count),),
         grid_names=("row",),
         **({"num_threads": count, "thread_name": "warpgroup"} if count > 1 else {}),
         scratch_types=exchange if blocks or codes is None else 2 * exchange,
@@ -179,7 +188,12 @@ def add_rms_norm(
         kernel_name="_".join(filter(None, names)),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    out, normed, *scales = run(
-        residual.reshape(rows, *view), delta.reshape(splits, rows, *view), weight.reshape(view)
-    )
+    operands = [
+        residual.reshape(rows, *view),
+        delta.reshape(splits, rows, *view),
+        weight.reshape(view),
+    ]
+    if ahead is not None and boxes is not None:
+        operands.append(ahead.array.reshape(boxes.view))
+    out, normed, *scales = run(*operands)
     return out.reshape(rows, columns), normed.reshape(grid, columns), *scales

@@ -236,9 +236,11 @@ def crowded(p: Problem) -> bool:
 
     The sums of groups in bfloat16 take as many as the total, which leaves two warpgroups of 64 rows
     instead of four for 4096 x 28672 in groups of 128: 35.5 us on an H200, where four with float16
-    weights took 28.0. ``weight_only_large`` has no second set of sums, and four.
+    weights took 28.0. ``weight_only_large`` has no second set of sums, and four: 33.1 us. Not so
+    where splits make up for it: 14336 x 4096 takes 18.7 us with two warpgroups, and 20.8 there.
     """
-    return _cut(p, 4)[0] > _cut(p, _max_warpgroups(p))[0]
+    warpgroups, splits = _cut(p, _max_warpgroups(p))
+    return splits == 1 and _cut(p, 4)[0] > warpgroups
 
 
 def _cut(p: Problem, most: int) -> tuple[int, int]:

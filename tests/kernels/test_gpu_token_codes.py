@@ -51,7 +51,9 @@ def _check(x: jax.Array, codes: jax.Array, scale: jax.Array, kind: str, blocks: 
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 4096), (16, 14336), (33, 8192), (256, 1024)])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 4096), (16, 14336), (33, 8192), (256, 1024), (1000, 4096)]
+)
 @pytest.mark.parametrize(("kind", "blocks"), CASES)
 def test_rows(kind: str, blocks: bool, rows: int, columns: int, rng: np.random.Generator) -> None:
     x = rows_of(rng, rows, columns)

@@ -162,7 +162,8 @@ def test_what_the_kernels_do_not_take() -> None:
     assert "float32 activations" in str(reason(1, 1024, jnp.float32, "int8"))
     assert "int4 codes" in str(reason(1, 1024, jnp.bfloat16, "int4"))
     assert "block scales" in str(reason(1, 1024, jnp.bfloat16, "int8", True))
-    assert "300 rows" in str(reason(300, 1024, jnp.bfloat16, "int8"))
+    assert reason(5000, 1024, jnp.bfloat16, "int8") is None
+    assert "300 rows" in str(add_rms_norm.unsupported_reason(300, 1024, jnp.bfloat16))
     assert "100 columns" in str(reason(1, 100, jnp.bfloat16, "int8"))
     assert "multiples of 1024" in str(reason(1, 1280, jnp.bfloat16, "float8_e4m3fn", True))
     with pytest.raises(NotImplementedError, match="token_codes: 100 columns"):
@@ -214,7 +215,10 @@ def test_way_through_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = jax.jit(model.apply)({"params": params}, tokens)[0]
     made: list[str] = []
 
-    def normalise(residual: Any, delta: Any, weight: Any, eps: float, fmt: QuantFormat) -> Any:
+    def normalise(
+        residual: Any, delta: Any, weight: Any, eps: float, fmt: QuantFormat, ahead: Any
+    ) -> Any:
+        assert ahead is None or ahead.by_columns
         made.append("norm")
         out, normed = norm_op.add_rms_norm(residual, delta, weight, eps)
         return out, quantize_activation(normed, fmt)
