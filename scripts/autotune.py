@@ -143,9 +143,8 @@ def measure(args: argparse.Namespace) -> bool:
             if error is None and (timed := measured(found)):
                 said = update_table(timed, args.output)
     total = sum(map(len, tasks))
-    print(
-        f"{progress.finished} of {total} products, {progress.failed} with errors; {said or 'no entry'}"
-    )
+    told = said or "no entry"
+    print(f"{progress.finished} of {total} products, {progress.failed} with errors; {told}")
     return said is not None
 
 

@@ -146,6 +146,10 @@ def test_the_table_is_written_after_every_product(
         (["--shapes", "9b_o"], "unknown shape '9b_o'"),
         (["--rows", "1,x"], "--rows '1,x' must be numbers"),
         (["--workers", "0"], "--workers and --launches must be at least 1"),
+        (["--from", "rows.jsonl", "--rows", "16"], "--rows is about measuring"),
+        (["--from", "/no/such/rows.jsonl"], "--from /no/such/rows.jsonl: no such file"),
+        (["--output", "/no/such/table.json"], "--output /no/such/table.json: no such folder"),
+        (["--hold-limit", "nan"], "--hold-limit nan must be 0 or more"),
     ],
 )
 def test_bad_arguments(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,11 @@ def test_kernels_of_a_call():
         (["--backends", "triton"], "unknown backend 'triton'"),
         (["--q-heads", "3"], "--q-heads 3 must be a multiple"),
         (["--launches", "0"], "--tokens must be at least 1"),
+        (["--page-size", "0"], "--page-size 0 must be at least 1"),
+        (["--window", "0"], "--window 0 must be at least 1"),
+        (["--rate", "0"], "--rate 0.0 must be positive"),
+        (["--search", "2", "--backends", "xla"], "no use without the backend mosaic_gpu"),
+        (["--output", "/no/such/rows.jsonl"], "--output /no/such/rows.jsonl: no such folder"),
     ],
 )
 def test_bad_arguments_exit_with_2(flags, message, capsys):

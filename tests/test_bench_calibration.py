@@ -30,3 +30,22 @@ def test_a_small_run_tells_where_the_time_goes(
     found = json.loads(output.read_text())
     assert len(found["blocks"]) == 2 and {"statistics", "errors"} <= found["blocks"][1].keys()
     assert script.main([*flags, "--layers", "1"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--format int5", "unknown format 'int5'"),
+        ("--format none", "--format none does not quantize"),
+        ("--samples 0", "--samples 0 must be at least 1"),
+        ("--batch-tokens 0", "--batch-tokens 0 must be at least 1"),
+        ("--sweeps -1", "sweeps=-1 must not be negative"),
+        ("--time-limit 0", "--time-limit 0 leaves no time"),
+        ("--work-dir /no/such/place", "--work-dir /no/such/place is no folder"),
+        ("--output /no/such/figures.json", "no such folder"),
+        ("--format int8 --method smoothquant", "formats that quantize activations"),
+    ],
+)
+def test_mistakes_are_named(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--shape", "tiny", *flags.split()]) == 2
+    assert message in capsys.readouterr().err

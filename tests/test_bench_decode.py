@@ -84,6 +84,9 @@ def test_kernels_of_a_step(capsys):
         (["--kv-cache-dtype", "int5"], "'int5' is unknown"),
         (["--kernels", "-1"], "--kernels -1 must not be negative"),
         (["--steps", "0"], "--steps must be at least 1"),
+        (["--kv-scale-mode", "static"], "--kv-cache-dtype bf16 has no scales"),
+        (["--time-limit", "nan"], "--time-limit nan must be 0 or more"),
+        (["--output", "/no/such/rows.jsonl"], "--output /no/such/rows.jsonl: no such folder"),
         (["--context", "16", "--steps", "40"], "--context 16 must lie between"),
     ],
 )

@@ -44,6 +44,7 @@ def test_failures_are_rows(capsys: pytest.CaptureFixture[str]) -> None:
         (["--stored", "marlin"], "--stored 'marlin' is unknown"),
         (["--layers", "0"], "--layers must be at least 1"),
         (["--folder", "/no/such/place"], "--folder /no/such/place is no folder"),
+        (["--output", "/no/such/rows.jsonl"], "--output /no/such/rows.jsonl: no such folder"),
     ],
 )
 def test_mistakes_are_named(

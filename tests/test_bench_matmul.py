@@ -158,6 +158,10 @@ def test_shapes():
         (["--backends", "triton"], "unknown backend 'triton'"),
         (["--rows", "1,x"], "--rows '1,x' must be numbers"),
         (["--launches", "0"], "--launches must be at least 1"),
+        (["--every", "--backends", "xla"], "--every is about configs of kernels"),
+        (["--search", "2", "--backends", "xla"], "--search is about configs of kernels"),
+        (["--output", "/no/such/rows.jsonl"], "--output /no/such/rows.jsonl: no such folder"),
+        (["--plot", "speed.doc"], "--plot speed.doc: name it .png"),
     ],
 )
 def test_bad_arguments_exit_with_2(flags, message, capsys):
