@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,13 @@ from qjax.ops.packed import (
     packed_problem,
     packed_unsupported_reason,
 )
-from qjax.pallas_kernels import weight_only
+from qjax.pallas_kernels import weight_only, weight_only_large
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array
+
+GATED_MANY_ROWS = False
+"""Whether the kernel for many rows gates its products: compiled, not yet run on hardware
+(``test_gated`` in tests/kernels/test_gpu_large.py)."""
 
 
 def gated_dot(
@@ -56,7 +61,7 @@ def gated_dot(
     return jax.nn.silu(gate) * up
 
 
-def gated_config(x: Array, w: PackedWeight) -> weight_only.Config | None:
+def gated_config(x: Array, w: PackedWeight) -> weight_only.Config | weight_only_large.Config | None:
     """The config of ``gated_dot`` by one kernel; None where two are needed, or better.
 
     Args:
@@ -66,14 +71,18 @@ def gated_config(x: Array, w: PackedWeight) -> weight_only.Config | None:
     if not w.alternating:
         return None
     problem = dataclasses.replace(packed_problem(x, w), gated=True)
+    # That of the product alone, which may have been measured.
     config, _ = packed_config(x, w)
+    kernel: Any = weight_only
+    if GATED_MANY_ROWS and isinstance(config, weight_only_large.Config):
+        kernel = weight_only_large
     if (
-        weight_only.unsupported_reason(problem) is not None
-        or not isinstance(config, weight_only.Config)
+        not isinstance(config, kernel.Config)
+        or kernel.unsupported_reason(problem) is not None
         or config.splits > 1
     ):
-        # Sums of splits must be added before they are gated; many rows have another kernel.
+        # Sums of splits must be added before they are gated; dequantized weights have no such end.
         return None
-    if weight_only.config_unsupported_reason(config, problem) is None:
+    if kernel.config_unsupported_reason(config, problem) is None:
         return config
-    return weight_only.heuristic_config(problem)
+    return kernel.heuristic_config(problem)

@@ -451,7 +451,7 @@ def packed_dot(
     if flat.dtype.name != _compute_dtype(x, w):
         flat, row_scale = _to_float16(flat)
     if isinstance(config, weight_only_large.Config):
-        out = weight_only_large.matmul(flat, *weight, row_scale, **options)
+        out = weight_only_large.matmul(flat, *weight, row_scale, gated=gated, **options)
     else:
         out = weight_only.matmul(flat, *weight, row_scale, gated=gated, **options)
     if w.alternating and not gated:

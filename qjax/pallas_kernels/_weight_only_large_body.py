@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 from qjax.pallas_kernels import _codes, _layout, _unpack
 from qjax.pallas_kernels._once import lowered_once
+from qjax.pallas_kernels._weight_only_large_store import drain_taken, store
 from qjax.pallas_kernels.weight_only import Problem
 from qjax.pallas_kernels.weight_only_large import (
     _SM_COUNT,
@@ -50,8 +51,8 @@ def call(
     """Run the kernel; arguments as in ``weight_only_large.matmul``, padded as it says there.
 
     Returns:
-      ``(m, n)`` in ``out_dtype``, or with ``config.splits > 1`` float32 partial sums
-      ``(splits, m, n)``.
+      ``(m, n)`` in ``out_dtype``, ``(m, n / 2)`` if gated, or with ``config.splits > 1`` float32
+      partial sums ``(splits, m, n)``.
     """
     operands = {"words": words, "column": column, "x": x, "scales": scales, "row_scale": row_scale}
     operands = {name: value for name, value in operands.items() if value is not None}
@@ -59,7 +60,8 @@ def call(
     total = tiles_a * tiles_b * config.splits
     units = min(_SM_COUNT // config.cluster, total)
     steps = problem.k // config.splits // step_k(problem)
-    out_type = jax.ShapeDtypeStruct((problem.m, problem.n), out_dtype)
+    width = problem.n // 2 if problem.gated else problem.n
+    out_type = jax.ShapeDtypeStruct((problem.m, width), out_dtype)
     if config.splits > 1:
         out_type = jax.ShapeDtypeStruct((config.splits, problem.m, problem.n), jnp.float32)
 
@@ -91,9 +93,11 @@ def call(
                     loop = _scaled_integers if problem.compute == "int8" else _scaled_sums
                 sums = loop(first, scratch, warpgroup, config, problem, interpret)
                 out = gmem["out"].at[split] if config.splits > 1 else gmem["out"]
-                _store(sums, feature, token, gmem, out, scratch, warpgroup, config)
+                store(sums, number, feature, token, gmem, out, scratch, warpgroup, config)
 
             plgpu.wait_smem_to_gmem(0)
+            if problem.gated:
+                drain_taken(scratch, warpgroup)
 
         @pl.when(warpgroup == config.warpgroups)
         def _memory() -> None:
@@ -166,6 +170,11 @@ def _scratch_types(
     if scales is not None:
         shape = (stages, scale_rows(problem), scales.shape[1], config.features)
         scratch["scales_smem"] = plgpu.SMEM(shape, scales.dtype)
+    if problem.gated:
+        # One per pair of warpgroups and buffer.
+        count = config.warpgroups // 2 * out_buffers(config, problem)
+        scratch["paired"] = plgpu.Barrier(num_arrivals=1, num_barriers=count)
+        scratch["taken"] = plgpu.Barrier(num_arrivals=1, num_barriers=count)
     return scratch
 
 
@@ -441,37 +450,3 @@ def _integer_product(
     start = jnp.full(shape, int(np.float32(magic).view(np.int32)), jnp.int32)
     total = pl.run_state(run)(plgpu.ACC.init(plgpu.layout_cast(start, plgpu.Layout.WGMMA)))
     return lax.bitcast_convert_type(total, jnp.float32) - jnp.float32(magic)
-
-
-def _store(
-    sums: Array,
-    feature: Array,
-    token: Array,
-    gmem: dict[str, Any],
-    out: Any,
-    scratch: dict[str, Any],
-    warpgroup: Array,
-    config: Config,
-) -> None:
-    """Scale, transpose and copy out a warpgroup's ``(64, columns)``, chunk by chunk."""
-    layout = plgpu.Layout.WGMMA
-    features = pl.ds(feature, _BLOCK_N)
-    column = plgpu.load(gmem["column"].at[features], layout=layout.reduce(1), optimized=False)
-    out_smem = scratch["out_smem"]
-    buffers, chunk = out_smem.shape[1], config.chunk
-    # The last tile's chunks must have left their buffers.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for number, start in enumerate(range(0, config.columns, chunk)):
-        tokens = pl.ds(token + start, chunk)
-        piece = sums if chunk == config.columns else sums[:, start : start + chunk]
-        piece = piece * lax.broadcast_in_dim(column, piece.shape, [0])
-        if "row_scale" in gmem:
-            row = plgpu.load(gmem["row_scale"].at[tokens], layout=layout.reduce(0), optimized=False)
-            piece = piece * lax.broadcast_in_dim(row, piece.shape, [1])
-        if number >= buffers:
-            plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
-        smem = out_smem.at[warpgroup, number % buffers]
-        narrow = piece.astype(out_smem.dtype)
-        smem.T[...] = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA_TRANSPOSED)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem, out.at[tokens, features])

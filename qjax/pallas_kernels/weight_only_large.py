@@ -13,7 +13,9 @@ tile, or with 8-bit activations all 128::
 
   slot: words (warpgroups, bits / 2, 256), activations (columns, 64), scales of the step's groups
 
-With ``cluster`` two CTAs with the same tokens load half of them each, for both (multicast).
+With ``cluster`` two CTAs with the same tokens load half of them each, for both (multicast). Gated
+products, ``silu(gate) * up`` of alternate tiles of features, end in pairs of warpgroups
+(``_weight_only_large_store``).
 
 Groups are scaled as in ``weight_only``: weights in float16, sums in bfloat16 (``scaled_sums``). For
 the latter the accumulator is divided by the group's scale before its product is added, and
@@ -153,9 +155,14 @@ def _operand_bytes(config: Config, p: Problem) -> int:
         config.stages * config.warpgroups * p.bits * 8 * step_k(p),
         config.stages * config.columns * 128,
         config.stages * parts * rows * stored_dtype(p.compute).itemsize,
-        2 * config.stages * 8,
+        2 * config.stages * 8 + _pair_barriers(config, p) * 8,
     )
     return sum(map(_align, buffers))
+
+
+def _pair_barriers(config: Config, p: Problem) -> int:
+    """At most: two for each pair of warpgroups and buffer of the output."""
+    return 2 * (config.warpgroups // 2) * (config.columns // config.chunk) if p.gated else 0
 
 
 def _chunk_bytes(config: Config, p: Problem) -> int:
@@ -184,6 +191,8 @@ def config_unsupported_reason(config: Config, p: Problem) -> str | None:
             f"columns={config.columns}; at most {widest} fit into the registers of "
             f"{config.warpgroups} warpgroups"
         )
+    if p.gated and (config.warpgroups % 2 or config.splits > 1):
+        return "a gated product needs an even number of warpgroups and one split"
     if p.n % config.features:
         return f"n={p.n} is no multiple of {config.features}"
     if p.compute == "int8" and config.columns > 24 and config.columns % 16:
@@ -235,9 +244,11 @@ def estimate_seconds(config: Config, p: Problem) -> float:
     loaded = config.columns * 128 / config.cluster / 64 + config.warpgroups * p.bits * step_k(p) / 8
     steps = p.k // config.splits // step_k(p)
     # Writing a tile out takes its part of the time in which nothing is multiplied.
-    tile = _TILE_CYCLES + config.columns * (6.6 if config.splits > 1 else 3.3)
+    # Gating it takes two more passes through shared memory and one exponential for two sums.
+    tile = _TILE_CYCLES + config.columns * (6.6 if config.splits > 1 or p.gated else 3.3)
     compute = waves * (steps * (step + 0.033 * loaded) + tile) / _CLOCK
-    moved = p.k * p.n * p.bits / 8 + p.m * p.k * 128 / step_k(p) + p.m * p.n * p.out_itemsize
+    written = p.m * (p.n // 2 if p.gated else p.n) * p.out_itemsize
+    moved = p.k * p.n * p.bits / 8 + p.m * p.k * 128 / step_k(p) + written
     memory = moved / _MEMORY_BYTES_PER_S
     seconds = _LAUNCH_SECONDS + max(compute, memory) + 0.1 * min(compute, memory)
     if config.splits > 1:
@@ -308,6 +319,7 @@ def matmul(
     config: Config | None = None,
     out_dtype: DType = jnp.bfloat16,
     keep_splits: bool = False,
+    gated: bool = False,
     interpret: bool = False,
 ) -> Array:
     """``x @ weight`` for a packed weight; arguments and result as of ``weight_only.matmul``.
@@ -323,11 +335,12 @@ def matmul(
       config: How the work is cut up; ``heuristic_config`` by default.
       out_dtype: Result type: float32, bfloat16 or float16.
       keep_splits: Return the parts of the contraction unsummed.
+      gated: Gate and up alternate and the result is ``silu(gate) * up``, as there.
       interpret: Run in the Pallas interpreter, on any device.
 
     Returns:
-      ``(m, n)`` in ``out_dtype``; with ``keep_splits`` ``(splits, m, n)``, float32 if there are
-      several.
+      ``(m, n)`` in ``out_dtype``, ``(m, n / 2)`` if gated; with ``keep_splits``
+      ``(splits, m, n)``, float32 if there are several.
 
     Raises:
       NotImplementedError: If the kernel or the config does not support the problem; says why.
@@ -343,6 +356,7 @@ def matmul(
         zero_point=scales is not None and scales.shape[1] == 2,
         compute=x.dtype.name,
         out_itemsize=jnp.dtype(out_dtype).itemsize,
+        gated=gated,
     )
     reason = unsupported_reason(problem)
     if reason is None:

@@ -37,7 +37,7 @@ def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
     def product(arguments: dict[str, Any]) -> Any:
         out_dtype = jnp.float32 if p.out_itemsize == 4 else jnp.bfloat16
         return weight_only_large.matmul(
-            **arguments, kind=p.kind, config=config, out_dtype=out_dtype
+            **arguments, kind=p.kind, config=config, out_dtype=out_dtype, gated=p.gated
         )
 
     return compile_program(product, arguments)

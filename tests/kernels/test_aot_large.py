@@ -42,6 +42,17 @@ BRANCHES: list[tuple[Problem, Config]] = [
     (Problem(100, 4096, 4096, "int8", 128, False, "bfloat16"), Config(104, 8, splits=4)),
     (Problem(4096, 4096, 4096, "float8_e5m2", 128, False, "bfloat16"), Config(160, 5)),
     (Problem(4096, 4096, 4096, E4M3, None, False, "float16", 4), Config(240, 4)),
+    *(
+        (Problem(*problem, gated=True), config)
+        for problem, config in (
+            ((64, 4096, 28672, "int4", 128, False, "bfloat16"), Config(64, 8, 2, 1, 4)),
+            ((80, 4096, 28672, "int4", 32, True, "bfloat16"), Config(80, 6, 2, 1, 4)),
+            ((4096, 4096, 28672, "int4", 128, False, "bfloat16"), Config(160, 6, 2)),
+            ((64, 4096, 28672, "int4", 128, False, "int8"), Config(80, 5, 1, 1, 4)),
+            ((4096, 4096, 28672, "int4", 128, False, "int8"), Config(160, 4, 2)),
+            ((4096, 4096, 28672, "int8", None, False, "bfloat16"), Config(256, 5, 2)),
+        )
+    ),
 ]
 
 

@@ -13,7 +13,9 @@ import pytest
 import qjax
 from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.formats import QuantFormat
+from qjax.ops.gated import gated_config, gated_dot
 from qjax.ops.packed import pack_for_mosaic, packed_dot
+from qjax.pallas_kernels import weight_only_large
 from qjax.pallas_kernels.weight_only_large import Config
 from tests import tolerances
 from tests.tolerances import relative_error
@@ -56,6 +58,20 @@ def _needs_hopper() -> None:
     reason = mosaic_gpu_unsupported_reason()
     if reason is not None:
         pytest.skip(reason)
+
+
+# Four and two warpgroups, pairs of CTAs, one and several tiles per CTA and chunks per tile, in as
+# many buffers or in fewer, and the edge. (The type of activations int8 is W4A8.)
+GATED: dict[str, tuple[str, int, int, Config]] = {
+    "decode": ("int4_g128", 64, 33 * 512, Config(64, 8, cluster=2, warpgroups=4)),
+    "decode_tiles": ("int4_g128", 200, 33 * 512, Config(64, 6, cluster=2, warpgroups=4)),
+    "decode_edge": ("int4_g128", 40, 33 * 512, Config(80, 6, warpgroups=4)),
+    "tiles": ("int4_g32_asym", 300, 33 * 256, Config(72, 4)),
+    "two_buffers": ("int8_channel", 520, 33 * 256, Config(192, 6)),
+    "one_buffer": ("int8_channel", 520, 33 * 256, Config(256, 5, cluster=2)),
+    "f16": ("int4_g128_f16", 200, 16 * 256, Config(104, 4)),
+    "e4m3": ("e4m3_block128", 200, 33 * 512, Config(64, 4, warpgroups=4)),
+}
 
 
 def _operands(
@@ -126,3 +142,66 @@ def test_large_layers(name: str, rng: np.random.Generator) -> None:
         print(f"{m=} {k=} {n=} relative error {found:.2e}")
         assert found < WEIGHTS[name][2] + tolerances.BF16_OUTPUT
         assert (out == jax.jit(packed_dot)(x, w)).all()
+
+
+def _alternating(
+    rng: np.random.Generator, m: int, k: int, n: int, name: str
+) -> tuple[jax.Array, qjax.PackedWeight]:
+    x, w = _operands(rng, m, k, n, name)
+    # Of a size where silu is neither its argument nor zero.
+    x = x / (32 * jnp.abs(x).max(axis=1, keepdims=True).astype(x.dtype))
+    return x, pack_for_mosaic(w.unpack(), compute=w.compute, alternating=True)
+
+
+def _check_gated(out: jax.Array, gate: jax.Array, up: jax.Array) -> None:
+    wide = np.asarray(gate, np.float64)
+    wanted = wide / (1 + np.exp(-wide)) * np.asarray(up, np.float64)
+    found = np.asarray(out, np.float64)
+    np.testing.assert_allclose(found, wanted, tolerances.BF16_ELEMENT, 1e-38)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated(name: str, rng: np.random.Generator) -> None:
+    weight, m, n, config = GATED[name]
+    x, w = _alternating(rng, m, 1024, n, weight)
+    run = jax.jit(lambda x, w: packed_dot(x, w, config=config, gated=True))
+    out = run(x, w)
+    # The same config, so that sums are added in the same order.
+    both = jax.jit(lambda x, w: packed_dot(x, w, config=config))(x, w)
+    _check_gated(out, *jnp.split(both, 2, axis=1))
+    for _ in range(20):
+        assert (out == run(x, w)).all(), "results must not differ from run to run"
+
+
+@pytest.mark.parametrize("config", [Config(80, 4, 2, warpgroups=4), Config(160, 4)])
+@pytest.mark.parametrize("fmt", [qjax.INT4_G128, qjax.INT4_CHANNEL])
+def test_gated_int8(fmt: QuantFormat, config: Config, rng: np.random.Generator) -> None:
+    """Integer sums with scales of rows; activations in any order, as both products have it."""
+    n = 33 * 512
+    values = jnp.asarray(rng.standard_normal((1024, n), np.float32))
+    w = pack_for_mosaic(qjax.quantize(values, fmt), compute="bfloat16", alternating=True)
+    x = jnp.asarray(rng.integers(-127, 128, (330, 1024)), jnp.int8)
+    row_scale = jnp.asarray(rng.uniform(1e-4, 1e-3, 330), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnames="gated")
+    def run(x: jax.Array, row_scale: jax.Array, gated: bool) -> jax.Array:
+        operands = x, w.words, w.scales, w.column, row_scale
+        return weight_only_large.matmul(*operands, kind="int4", config=config, gated=gated)
+
+    out = run(x, row_scale, gated=True)
+    pairs = run(x, row_scale, gated=False).reshape(330, n // 128, 2, 64)
+    _check_gated(out, pairs[:, :, 0].reshape(330, -1), pairs[:, :, 1].reshape(330, -1))
+    assert (out == run(x, row_scale, gated=True)).all()
+
+
+@pytest.mark.parametrize("m", [33, 64, 100, 515])
+def test_gated_dot(m: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the config that is chosen for gate and up of an 8B model."""
+    monkeypatch.setattr("qjax.ops.gated.GATED_MANY_ROWS", True)
+    x, w = _alternating(rng, m, 4096, 28672, "int4_g128")
+    config = gated_config(x, w)
+    print(config)
+    assert isinstance(config, Config)
+    out = jax.jit(lambda x, w: gated_dot(x, w))(x, w)
+    both = jax.jit(lambda x, w: packed_dot(x, w, config=config))(x, w)
+    _check_gated(out, *jnp.split(both, 2, axis=1))

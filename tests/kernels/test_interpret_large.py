@@ -55,3 +55,28 @@ def test_matches_float32_product(name: str, rng: np.random.Generator) -> None:
     assert out.shape == (m, n) and out.dtype == jnp.float32
     reference = np.asarray(x, np.float64) @ np.asarray(w.dequantize(jnp.float32), np.float64)
     assert relative_error(out, reference) < tolerance
+
+
+# One chunk and several, in as many buffers and in one; several tiles a CTA are for the GPU, and
+# more than two pairs of threads for the interpreter too.
+GATED: dict[str, tuple[QuantFormat, int, int, int, Config, str]] = {
+    "int4_g128": (qjax.INT4_G128, 40, 256, 256, Config(24, 3), "bfloat16"),
+    "int8": (qjax.INT8_CHANNEL, 72, 128, 128, Config(72, 2), "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_products(name: str, rng: np.random.Generator) -> None:
+    fmt, m, k, n, config, dtype = GATED[name]
+    w = qjax.quantize(jnp.asarray(rng.standard_normal((k, n)), jnp.float32), fmt)
+    w = pack_for_mosaic(w, compute=dtype, alternating=True)
+    x = jnp.asarray(rng.standard_normal((m, k)) / 16, dtype)
+    out = packed_dot(x, w, config=config, gated=True, interpret=True)
+    gate, up = np.split(
+        np.asarray(packed_dot(x, w, config=config, interpret=True), np.float64), 2, 1
+    )
+    assert out.shape == (m, n // 2) and out.dtype == x.dtype
+    wanted = gate / (1 + np.exp(-gate)) * up
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64), wanted, tolerances.BF16_ELEMENT, atol=1e-38
+    )
