@@ -79,8 +79,7 @@ def test_packed_weights_give_the_same_logits() -> None:
     np.testing.assert_array_equal(_logits(module, params), expected)
 
 
-def test_gate_and_up_by_turns_give_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qjax.serving.weights._GATED_BY_DEFAULT", True)
+def test_gate_and_up_by_turns_give_the_same_logits() -> None:
     module = Decoder(CONFIG, dtype=jnp.bfloat16)
     fmt = qjax.INT4_G32
     expected = _logits(module, prepare_weights(_params(CONFIG, fmt), jnp.bfloat16, fuse=True)[0])

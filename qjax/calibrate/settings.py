@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,8 +75,14 @@ class Settings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"unknown method={self.method!r}; choose one of {', '.join(METHODS)}")
-        if self.correction is not None and not self.correction > 0:
-            raise ValueError(f"correction={self.correction} must be positive, or None for none")
+        if self.correction is not None and not 0 < self.correction < math.inf:
+            raise ValueError(
+                f"correction={self.correction} must be positive and finite, or None for none"
+            )
+        if not 0 < self.damping < math.inf:
+            raise ValueError(f"damping={self.damping} must be positive and finite; 0.01 is usual")
+        if self.target_bits is not None and not 0 < self.target_bits < math.inf:
+            raise ValueError(f"target_bits={self.target_bits} must be positive and finite")
         if (self.target_bits is None) != (not self.candidates):
             raise ValueError("target_bits and candidates go together; give both or neither")
         if self.sweeps < 0:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from qjax.formats import QuantFormat
 from qjax.nn.parallel import reorder_inputs, sum_over_devices
+from qjax.ops import packed_w8a8
 from qjax.ops.activations import QuantizedActivation, codes_by_kernel, quantize_gated
 from qjax.ops.dot import quantized_dot
 from qjax.ops.gated import gated_dot
@@ -27,7 +28,7 @@ from qjax.ops.norm import (
     rms_norm,
 )
 from qjax.ops.packed import PackedWeight
-from qjax.ops.packed_w8a8 import PackedW8A8, takes_codes
+from qjax.ops.packed_w8a8 import takes_codes
 from qjax.pallas_kernels import _ahead
 from qjax.pallas_kernels._ahead import ReadNext
 from qjax.quantized_array import QuantizedArray
@@ -64,11 +65,12 @@ def read_next(block: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Re
     Returns:
       The codes of a packed weight, or a plain one of 16 bits; None for any other, or many tokens.
     """
-    if name not in block or math.prod(shape[:-1]) > _ahead.MAX_ROWS:
+    rows = math.prod(shape[:-1])
+    if name not in block or rows > _ahead.MAX_ROWS:
         return None
     kernel = block[name]["kernel"]
     if isinstance(kernel, PackedWeight):
-        return ReadNext(kernel.words, by_columns=isinstance(kernel, PackedW8A8))
+        return packed_w8a8.read_next(kernel, rows)
     plain = isinstance(kernel, jax.Array) and kernel.dtype.itemsize == 2
     return ReadNext(kernel) if plain else None
 
@@ -216,7 +218,8 @@ class GatedMLP(nn.Module):
             joined = {**common, "use_bias": False, "gated": gated}
             hidden = QuantDense(2 * self.intermediate_size, name="gate_up_proj", **joined)(x)
             if codes is not None:
-                hidden = quantize_gated(hidden, codes)
+                ahead = read_next(self.variables["params"], "down_proj", x.shape)
+                hidden = quantize_gated(hidden, codes, ahead=ahead)
             elif self.use_bias:
                 gate, up = jnp.split(hidden, 2, axis=-1)
                 gate, up = gate + self._bias("gate_proj"), up + self._bias("up_proj")

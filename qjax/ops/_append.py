@@ -17,23 +17,20 @@ from qjax.ops._dispatch import choose_backend, kernels_by_default
 from qjax.pallas_kernels._ahead import ReadNext
 from qjax.typing import Array, DType
 
-# Whether the kernel runs without being asked for, where it can. It has not run on hardware.
-_KERNEL_BY_DEFAULT = True
-
 _MAX_READ_BETWEEN = 24 << 20  # bytes; an H200 has 50 MiB of L2 cache
 
 Biases = tuple[Array | None, Array | None, Array | None]
 
 
 def choose_append_backend(op: str, backend: str | None, reason: Callable[[], str | None]) -> str:
-    """``"mosaic_gpu"`` or ``"xla"``: ``choose_backend``, with the default of this file.
+    """``"mosaic_gpu"`` or ``"xla"``: ``choose_backend`` with a reason that is found on demand.
 
     Args:
       op: Name of the op, for messages.
       backend: What the caller asked for.
       reason: Says why the kernel cannot run; called only where that matters.
     """
-    if backend is None and not (_KERNEL_BY_DEFAULT and kernels_by_default()):
+    if backend is None and not kernels_by_default():
         return "xla"
     return choose_backend(op, backend, None if backend == "xla" else reason())
 

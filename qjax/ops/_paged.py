@@ -17,9 +17,6 @@ from qjax.typing import Array
 # Whether cuDNN attends over chunks of consecutive tokens without being asked for. Its tests pass on
 # the GPU, but it has not been timed against XLA's form.
 _CUDNN_BY_DEFAULT = False
-# Whether the decode kernel attends to keys stored without their bias without being asked for. It
-# does for all others; its additive term has not run on hardware yet.
-_KEY_BIAS_BY_DEFAULT = True
 # Largest additive term of a step, for every query head and position of the page tables. What is
 # larger, such as 256 sequences of up to 131072 tokens, might not fit beside the model.
 _MAX_BIAS_BYTES = 1 << 30
@@ -45,8 +42,6 @@ def choose_attention_backend(
         if backend == "cudnn":
             raise NotImplementedError(f"paged_attention: cudnn cannot run here: {reason}")
     reason = paged_attention_unsupported_reason(q, cache, layer)
-    if backend is None and cache.formats[layer].without_key_bias and not _KEY_BIAS_BY_DEFAULT:
-        return "xla"
     return choose_backend("paged_attention", backend, reason)
 
 

@@ -183,7 +183,7 @@ def append(
       slots: int32 ``[b]``, slot of each row.
       valid: bool ``[b, t]``; False for padding.
       backend: ``"mosaic_gpu"`` (one token per row, on Hopper), ``"xla"``, or None, with which the
-        kernel runs where it can once it does so by default (``ops._append``).
+        kernel runs where it can.
 
     Returns:
       The cache with the tokens stored, statistics and counters updated.

@@ -348,10 +348,7 @@ def packed_kernels(
     if len(found) == 2 and weight_only.crowded(problem):
         found.reverse()
     if dequantize.unsupported_reason(problem) is None:
-        if dequantize.PREFERRED_UNASKED and dequantize.preferable(problem):
-            found.insert(0, dequantize)
-        elif found:
-            found.append(dequantize)
+        found.append(dequantize)
     return [(kernel, problem) for kernel in found or [weight_only_large]]
 
 

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles
-from qjax.ops import activations
 from qjax.ops.activations import QuantizedActivation, quantize_activation
 from qjax.ops.packed import PackedWeight, pack_for_registers
-from qjax.pallas_kernels import w8a8, weight_only_large
+from qjax.pallas_kernels import _ahead, w8a8, weight_only_large
+from qjax.pallas_kernels._ahead import ReadNext
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array, DType
 
@@ -166,6 +166,13 @@ def takes_codes(w: Any) -> QuantFormat | None:
     return None if fmt is None or not fmt.dynamic or w.perm is not None else fmt
 
 
+def read_next(w: PackedWeight, rows: int) -> ReadNext | None:
+    """What a product with a packed weight reads, for kernels that run before it with few tokens."""
+    if rows > _ahead.MAX_ROWS:
+        return None
+    return ReadNext(w.words, by_columns=isinstance(w, PackedW8A8))
+
+
 def dot(
     x: Array | QuantizedActivation,
     w: PackedWeight,
@@ -197,12 +204,12 @@ def dot(
             flat = jnp.take(flat, w.perm, axis=-1)
         # The same codes as on the XLA backend.
         static = None if _activation(w).dynamic else w.act_scale
-        xq = quantize_activation(flat, _activation(w), static_scale=static)
+        ahead = read_next(w, flat.shape[0])
+        xq = quantize_activation(flat, _activation(w), static_scale=static, ahead=ahead)
     options: dict[str, Any] = {
         "config": config,
         "out_dtype": x.dtype if out_dtype is None else out_dtype,
-        # Sums of splits leave the kernels as they are where the next kernel adds them up.
-        "keep_splits": keep_splits and activations.BY_KERNEL,
+        "keep_splits": keep_splits,
         "interpret": interpret,
     }
     if isinstance(w, PackedW8A8):
@@ -218,5 +225,4 @@ def dot(
         )
     rows = math.prod(x.shape[:-1])
     out = out[..., :rows, :] if out.shape[-2] > rows else out
-    out = out[None] if keep_splits and not options["keep_splits"] else out
     return out.reshape(*out.shape[:-2], *x.shape[:-1], w.shape[1])

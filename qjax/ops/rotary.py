@@ -137,9 +137,8 @@ def rotate_and_append(
       mix: Changes rotated queries and keys, of shape and type alike, before keys are stored; for
         formats that have ``mixes_keys``.
       ahead: What the device reads after attention: see ``add_rms_norm``.
-      backend: ``"mosaic_gpu"`` (one token per row, on Hopper), ``"xla"``, or None; see
-        ``ops._append.rotate_and_append_unsupported_reason``. With None the kernel runs where it can
-        once it does so by default.
+      backend: ``"mosaic_gpu"`` (one token per row, on Hopper), ``"xla"``, or None for the kernel
+        where it can run: ``ops._append.rotate_and_append_unsupported_reason``.
 
     Returns:
       Queries as attention over the cache needs them; the rotated keys, not mixed, which cost

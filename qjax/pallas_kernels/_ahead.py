@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -83,3 +84,34 @@ def ask(ref: Any, boxes: Boxes, number: Array) -> None:
     places = lax.rem(number, boxes.down), lax.div(number, boxes.down)
     box = tuple(pl.ds(i * size, size) for i, size in zip(places, boxes.box, strict=True))
     plgpu.async_prefetch(ref.at[box])
+
+
+def beside(
+    body: Callable[..., None], boxes: Boxes | None, *, rows: int, operands: int, warpgroups: int
+) -> Callable[..., None]:
+    """A kernel whose first ``rows`` CTAs along ``"row"`` run ``body``, and the others ask.
+
+    Args:
+      body: A kernel of ``operands`` operands and any number of other references.
+      boxes: One for each other CTA; None for none. They are of one more operand, the last.
+      rows: How many CTAs run the body.
+      operands: How many operands it has.
+      warpgroups: Warpgroups of a CTA, along ``"warpgroup"`` if there are several.
+    """
+    if boxes is None:
+        return body
+
+    def kernel(*refs: Any) -> None:
+        number = lax.axis_index("row") - rows
+        pl.when(number < 0)(lambda: body(*refs[:operands], *refs[operands + 1 :]))
+        asks = number >= 0
+        if warpgroups > 1:
+            asks &= lax.axis_index("warpgroup") == 0
+        pl.when(asks)(functools.partial(ask, refs[operands], boxes, number))
+
+    return kernel
+
+
+def viewed(ahead: ReadNext | None, boxes: Boxes | None) -> tuple[Array, ...]:
+    """The operand of which a kernel asks for boxes, if it does."""
+    return () if ahead is None or boxes is None else (ahead.array.reshape(boxes.view),)

@@ -135,11 +135,8 @@ def call(
     boxes = _ahead.boxes(ahead)
     total = sum(source.blocks for source in sizes.parts.values())
     asking = 0 if boxes is None else -(-boxes.count // sizes.rows)
-    operands = [*inputs.values(), *static]
-    if ahead is not None and boxes is not None:
-        operands.append(ahead.array.reshape(boxes.view))
-        names = (*names, "ahead")
-    names = names if queries is None else (*names, "queries")
+    asked = _ahead.viewed(ahead, boxes)
+    names = (*names, *("ahead",) * len(asked), *("queries",) * (queries is not None))
 
     def kernel(*refs: Any) -> None:
         if boxes is not None:
@@ -184,7 +181,7 @@ def call(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
         kernel_name=f"kv_append_{sizes.fmt.name}".replace("-", "_"),
-    )(*held.values(), *operands)
+    )(*held.values(), *inputs.values(), *static, *asked)
     state = {name: jax.freeze(ref) for name, ref in held.items()}
     return (None if queries is None else out[0]), state
 

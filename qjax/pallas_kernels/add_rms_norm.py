@@ -13,7 +13,6 @@ Further CTAs ask for what the next kernel reads (``_ahead``), as the memory has 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -116,17 +115,6 @@ def add_rms_norm(
 
     boxes = None if interpret else _ahead.boxes(ahead)
 
-    def kernel(*refs: Any) -> None:
-        if boxes is None:
-            normalise(*refs)
-            return
-        number = lax.axis_index("row") - grid
-        pl.when(number < 0)(lambda: normalise(*refs[:3], *refs[4:]))
-        first = number >= 0
-        if count > 1:
-            first &= lax.axis_index("warpgroup") == 0
-        pl.when(first)(functools.partial(_ahead.ask, refs[3], boxes, number))
-
     def normalise(residual: Any, delta: Any, weight: Any, out: Any, *refs: Any) -> None:
         outs, exchanges = refs[: len(out_types) - 1], refs[len(out_types) - 1 :]
         out_row = lax.axis_index("row")
@@ -176,7 +164,7 @@ def add_rms_norm(
     exchange = () if alone else _token_codes.exchange(view[0], count)
     names = "add_rms_norm", dtype.name, codes, "blocks" if blocks else None
     run = plgpu.kernel(
-        kernel,
+        _ahead.beside(normalise, boxes, rows=grid, operands=3, warpgroups=count),
         out_type=tuple(out_types),
         grid=(grid + (0 if boxes is None else boxes.count),),
         grid_names=("row",),
@@ -188,12 +176,10 @@ def add_rms_norm(
         kernel_name="_".join(filter(None, names)),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    operands = [
+    out, normed, *scales = run(
         residual.reshape(rows, *view),
         delta.reshape(splits, rows, *view),
         weight.reshape(view),
-    ]
-    if ahead is not None and boxes is not None:
-        operands.append(ahead.array.reshape(boxes.view))
-    out, normed, *scales = run(*operands)
+        *_ahead.viewed(ahead, boxes),
+    )
     return out.reshape(rows, columns), normed.reshape(grid, columns), *scales

@@ -5,9 +5,10 @@
   matrix[n, k] = round(weight[k, n])          this kernel; weight as ``weight_only`` defines it
   out[m, n] = row_scale[m] * sum_k x[m, k] * matrix[n, k]      XLA, that is cuBLAS
 
-Unpacking in the product's own kernel (``weight_only_large``) costs it some of the tensor cores'
-speed whatever the number of rows; a pass of its own costs reading the codes and writing the matrix,
-once. So it wins where there are enough rows: ``estimate_seconds``.
+It is for what ``weight_only_large`` does not take, an odd number of tiles of 64 columns, and for
+what a measured table says. On an H200 that kernel was faster wherever both were timed: by 2 to 10 %
+with 4096 rows of INT4 in groups of 128, INT8 and FP8 and the four shapes of Llama-3.1-8B, by more
+with fewer rows, because reading the codes and writing the matrix take the same time for any number.
 
 The matrix is ``(n, k)`` because a warpgroup holds rows of output features (``_layout``), of which
 it writes whole ones; cuBLAS takes either order. It exists beside the weight while the product
@@ -26,8 +27,6 @@ weights packed for float16 with zero points it is the float16 weight of the othe
 a power of two.) XLA's form for many rows multiplies by the same numbers. Scales of columns are
 multiplied in as well: applied to the result they would be exact, at the price of a float32 result
 in memory, 8 bytes per element and a sixth of the product's time for ``k = 4096``.
-
-Not yet run on a GPU: compiled for sm_90a, and checked in the Pallas interpreter.
 """
 
 from __future__ import annotations
@@ -37,24 +36,12 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.pallas_kernels import _codes, _layout, weight_only, weight_only_large
+from qjax.pallas_kernels import _codes, _layout, weight_only
 from qjax.pallas_kernels.weight_only import SHARED_MEMORY_BYTES, Problem
 from qjax.typing import Array, DType
 
-PREFERRED_UNASKED = False
-"""Whether the heuristic chooses this path. To be set once ``tests/kernels/test_gpu_dequantize.py``
-has passed on a GPU; until then only a measured table (``tuned``) or an explicit config does."""
 MIN_ROWS = 256
 """With fewer rows the product takes no longer than writing the matrix."""
-
-# Measured on an H200: copying 4.28 TB/s; XLA's bf16 product 724 to 766 TFLOP/s with 4096 rows, 102
-# us with 256 rows of 4096 x 28672, which is 590; a kernel's ramp.
-_COPY_BYTES_PER_S = 4.2e12
-_LIBRARY_FLOPS = 740e12
-_RAMP_SECONDS = 3.0e-6
-_LARGE_EFFICIENCY = 0.8
-"""Speed of ``weight_only_large`` in terms of cuBLAS's: 102 of 125 us with 256 rows, int4, in an
-earlier form; not measured with more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,38 +95,6 @@ def config_unsupported_reason(config: Config, p: Problem) -> str | None:
     if size > SHARED_MEMORY_BYTES:
         return f"{size} bytes of shared memory; a CTA has {SHARED_MEMORY_BYTES}"
     return None
-
-
-def dequantize_seconds(p: Problem) -> float:
-    """Time of this kernel: bytes read and written at the rate of a copy, and a ramp."""
-    scales = 0.0
-    if p.group_size is not None:
-        parts = 2 if p.zero_point else 1
-        scales = parts * _codes.stored_dtype(p.compute).itemsize / p.group_size
-    return p.k * p.n * (p.bits / 8 + scales + 2) / _COPY_BYTES_PER_S + _RAMP_SECONDS
-
-
-def library_seconds(p: Problem) -> float:
-    """Time of XLA's product of 16-bit operands, for at least ``MIN_ROWS`` rows."""
-    moved = 2 * (p.k * p.n + p.m * p.k) + p.out_itemsize * p.m * p.n
-    compute = 2.0 * p.m * p.k * p.n / _LIBRARY_FLOPS
-    return max(compute, moved / _COPY_BYTES_PER_S) + _RAMP_SECONDS
-
-
-def estimate_seconds(p: Problem) -> float:
-    """Time of both parts."""
-    return dequantize_seconds(p) + library_seconds(p)
-
-
-def preferable(p: Problem) -> bool:
-    """Whether this path should be faster than ``weight_only_large``.
-
-    That one is taken to need ``library_seconds / 0.8``. So the product must take four times as long
-    as dequantizing: from about 900 rows with 4-bit codes, and 1100 with 8-bit ones.
-    """
-    if weight_only_large.unsupported_reason(p) is not None:
-        return True
-    return estimate_seconds(p) < library_seconds(p) / _LARGE_EFFICIENCY
 
 
 def heuristic_config(p: Problem) -> Config:

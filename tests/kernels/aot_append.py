@@ -112,7 +112,6 @@ def compile_step(case: dict, sharding: Any) -> dict:
     modules: list[Any] = [_append, _paged, dot, norm, packed]
     for module in modules:  # the default device of this process is no GPU
         module.mosaic_gpu_unsupported_reason = lambda: None
-    setattr(_append, "_KERNEL_BY_DEFAULT", case["kernel"])  # noqa: B010
     config = ModelConfig(
         vocab_size=1024,
         hidden_size=1024,

@@ -87,7 +87,7 @@ def test_every_format_and_shape() -> None:
 
 def test_a_decode_step_appends_in_place_with_one_kernel_per_layer() -> None:
     cases = [
-        {"step": dataclasses.asdict(fmt), "layers": n, "batch": 16, "bias": bias, "kernel": True}
+        {"step": dataclasses.asdict(fmt), "layers": n, "batch": 16, "bias": bias}
         for fmt, bias in [
             (KVFormat("bfloat16"), False),
             (KVFormat("float8_e4m3fn", "tracked"), True),

@@ -70,8 +70,6 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_paged, "kernels_by_default", lambda: True)
     monkeypatch.setattr("qjax.ops._dispatch.kernels_by_default", lambda: True)
     assert choice("mosaic_gpu") == "mosaic_gpu"
-    assert choice(None) == ("mosaic_gpu" if _paged._KEY_BIAS_BY_DEFAULT else "xla")
-    monkeypatch.setattr(_paged, "_KEY_BIAS_BY_DEFAULT", True)
     assert choice(None) == "mosaic_gpu"
     monkeypatch.setattr(_paged, "_MAX_BIAS_BYTES", 3583)
     reason = "keys stored without their bias, whose logits would take 3584 bytes; the limit is 3583"

@@ -12,47 +12,25 @@ import pytest
 
 import qjax
 from qjax.evaluation.products import entry_of, kernel_configs
-from qjax.ops.packed import pack_for_mosaic, packed_config, packed_kernels
+from qjax.ops.packed import pack_for_mosaic, packed_kernels
 from qjax.pallas_kernels import dequantize, weight_only, weight_only_large
 from qjax.pallas_kernels.dequantize import Config, Problem, config_unsupported_reason
-from tests.kernels.problems import SHAPES, WEIGHTS
+from tests.kernels.problems import WEIGHTS
 
 PROBLEM = Problem(4096, 4096, 28672, "int4", 128, compute="bfloat16")
 
 
-def test_estimates_are_bytes_and_operations() -> None:
-    weights = 4096 * 28672
-    moved = weights / 2 + weights / 128 * 4 + 2 * weights
-    assert dequantize.dequantize_seconds(PROBLEM) == pytest.approx(moved / 4.2e12 + 3e-6)
-    flops = 2 * 4096 * weights
-    assert dequantize.library_seconds(PROBLEM) == pytest.approx(flops / 740e12 + 3e-6)
-
-
-@pytest.mark.parametrize(("kind", "group", "rows"), [("int4", 128, 900), ("int8", None, 1050)])
-def test_preferable_from_about_a_thousand_rows(kind: str, group: int | None, rows: int) -> None:
-    base = dataclasses.replace(PROBLEM, kind=kind, group_size=group)
-    for name, (k, n) in SHAPES.items():
-        few, many = (dataclasses.replace(base, m=m, k=k, n=n) for m in (rows - 150, 2 * rows))
-        assert not dequantize.preferable(few) and dequantize.preferable(many), name
-    assert dequantize.preferable(dataclasses.replace(PROBLEM, m=300, n=64 * 3))
-
-
-def test_products_take_it_only_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the heuristic; measuring tools see it as the last candidate all the same."""
+def test_products_take_it_only_when_told() -> None:
+    """By a measured table, that is: measuring tools see it as the last candidate."""
     w = pack_for_mosaic(qjax.quantize(jnp.ones((512, 128), jnp.bfloat16), qjax.INT4_G128))
 
     def kernels(m: int) -> list[Any]:
         x: Any = jax.ShapeDtypeStruct((2, m // 2, 512), jnp.bfloat16)
         return [kernel for kernel, _ in packed_kernels(x, w)]
 
-    monkeypatch.setattr(dequantize, "PREFERRED_UNASKED", False)
     assert kernels(16384) == [weight_only_large, dequantize]
     assert kernels(254) == [weight_only_large]
     assert kernels(16) == [weight_only, weight_only_large]
-    monkeypatch.setattr(dequantize, "PREFERRED_UNASKED", True)
-    assert kernels(256) == [weight_only_large, dequantize]
-    many: Any = jax.ShapeDtypeStruct((1 << 20, 512), jnp.bfloat16)
-    assert packed_config(many, w) == (Config(4, 2), "heuristic")
 
 
 def test_it_is_among_the_configs_to_time() -> None:
@@ -67,12 +45,10 @@ def test_it_is_among_the_configs_to_time() -> None:
     assert Problem(**entry["problem"]).m == 256
 
 
-def test_a_weight_of_64_columns_more_has_no_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_of_64_columns_more_has_no_other_kernel() -> None:
     w = pack_for_mosaic(qjax.quantize(jnp.ones((128, 192), jnp.bfloat16), qjax.INT8_CHANNEL))
     x: Any = jax.ShapeDtypeStruct((300, 128), jnp.bfloat16)
-    for preferred, kernel in ((False, weight_only_large), (True, dequantize)):
-        monkeypatch.setattr(dequantize, "PREFERRED_UNASKED", preferred)
-        assert [kernel for kernel, _ in packed_kernels(x, w)] == [kernel]
+    assert [kernel for kernel, _ in packed_kernels(x, w)] == [dequantize]
 
 
 def test_configs() -> None:

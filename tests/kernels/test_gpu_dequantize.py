@@ -1,7 +1,4 @@
-"""Dequantizing once, then XLA's product, on the GPU; see test_gpu.py.
-
-When this file has passed, ``dequantize.PREFERRED_UNASKED`` may be set.
-"""
+"""Dequantizing once, then XLA's product, on the GPU; see test_gpu.py."""
 
 from __future__ import annotations
 

@@ -223,7 +223,8 @@ def test_way_through_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         out, normed = norm_op.add_rms_norm(residual, delta, weight, eps)
         return out, quantize_activation(normed, fmt)
 
-    def gate(pair: jax.Array, fmt: QuantFormat) -> QuantizedActivation:
+    def gate(pair: jax.Array, fmt: QuantFormat, ahead: Any) -> QuantizedActivation:
+        assert ahead is not None
         made.append("gated")
         return quantize_activation(gated_values(pair), fmt)
 
