@@ -56,6 +56,7 @@ PASSED_ON = (
     "shape",
     "batch_sizes",
     "context",
+    "dtype",
     "kv_cache_dtype",
     "kv_scale_mode",
     "backend",
@@ -79,7 +80,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--formats", default="bf16,fp8,int8,int4,w8a8_fp8,w8a8_int8", help="(%(default)s)")
     add("--batch-sizes", default="1,64", help="sequences that decode together (%(default)s)")
     add("--context", type=int, default=1024, help="cached tokens per sequence (%(default)s)")
-    add("--kv-cache-dtype", default="bf16", help="as in serve.py (%(default)s)")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16"),
+        default="bfloat16",
+        help="of activations and of all that is not quantized (%(default)s)",
+    )
+    add("--kv-cache-dtype", default="auto", help="as in serve.py (%(default)s)")
     add(
         "--kv-scale-mode",
         choices=("tracked", "dynamic", "static"),
@@ -121,6 +128,7 @@ class Row:
     backend: str
     device: str = ""
     devices: int = 1
+    dtype: str = "bfloat16"
     jax: str = jax.__version__
     tokens_per_s: float | None = None
     ms_per_step: float | None = None
@@ -143,7 +151,7 @@ def measure(args: argparse.Namespace, name: str, batch: int, params: Any, mesh: 
     devices = Devices(params, config, mesh)
     module = Decoder(
         config,
-        dtype=jnp.bfloat16,
+        dtype=jnp.dtype(args.dtype),
         dot_backend=backend,
         attention_backend=backend,
         parallel=devices.parallel,
@@ -198,6 +206,7 @@ def measure(args: argparse.Namespace, name: str, batch: int, params: Any, mesh: 
         backend=args.backend,
         device=info.kind,
         devices=devices.count,
+        dtype=args.dtype,
         tokens_per_s=batch / median,
         ms_per_step=median * 1e3,
         spread=(max(seconds) - min(seconds)) / median,
@@ -222,9 +231,10 @@ def work(args: argparse.Namespace) -> None:
             print(json.dumps(dataclasses.asdict(failed(args, name, batch, str(error)))), flush=True)
         return
     place = None if mesh is None else placer(config, mesh)
-    params = random_params(config, parse_format(name), place=place)
+    dtype = jnp.dtype(args.dtype)
+    params = random_params(config, parse_format(name), dtype, place=place)
     pack = None if args.backend == "auto" else False
-    params, note = prepare_weights(params, jnp.bfloat16, pack=pack, mesh=mesh)
+    params, note = prepare_weights(params, dtype, pack=pack, mesh=mesh)
     print(note, file=sys.stderr)
     for batch in batches:
         try:
@@ -237,7 +247,7 @@ def work(args: argparse.Namespace) -> None:
 def failed(args: argparse.Namespace, name: str, batch: int, reason: str) -> Row:
     """A row without figures."""
     settings = args.shape, name, args.kv_cache_dtype, batch, args.context, args.backend
-    return Row(*settings, error=reason)
+    return Row(*settings, dtype=args.dtype, error=reason)
 
 
 def run_format(args: argparse.Namespace, name: str) -> list[Row]:
@@ -252,13 +262,15 @@ def run_format(args: argparse.Namespace, name: str) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """A Markdown table."""
-    bf16 = {row.batch: row.tokens_per_s for row in rows if row.format in ("bf16", "none")}
+    plain = [row for row in rows if row.format in ("bf16", "none") and row.dtype == "bfloat16"]
+    bf16 = {row.batch: row.tokens_per_s for row in plain}
     lines = [
         "| format | KV | batch | tokens/s | ms/step | weights | TB/s | floor | vs bf16 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        head = f"| {row.format} | {row.kv_cache_dtype} | {row.batch} |"
+        name = row.format if row.dtype == "bfloat16" else f"{row.format}, {row.dtype}"
+        head = f"| {name} | {row.kv_cache_dtype} | {row.batch} |"
         if row.tokens_per_s is None or row.ms_per_step is None or row.weight_bytes is None:
             lines.append(f"{head} {row.error} |||||| |")
             continue
@@ -307,7 +319,7 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"unknown format {name!r}; choose from {', '.join(FORMATS)}")
         # Nothing here may look for devices: that would take their memory from the children.
         check_cuts(config, args.tp_size, parse_format(name), None)
-    kv = parse_kv_format(args.kv_cache_dtype, model_dtype=jnp.bfloat16)
+    kv = parse_kv_format(args.kv_cache_dtype, model_dtype=jnp.dtype(args.dtype))
     if args.kv_scale_mode is not None and not kv.quantized:
         raise ValueError(
             f"--kv-scale-mode {args.kv_scale_mode}: --kv-cache-dtype {args.kv_cache_dtype} has no "
