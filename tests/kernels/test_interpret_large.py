@@ -57,24 +57,27 @@ def test_matches_float32_product(name: str, rng: np.random.Generator) -> None:
     assert relative_error(out, reference) < tolerance
 
 
-# One chunk and several, in as many buffers and in one; several tiles a CTA are for the GPU, and
-# more than two pairs of threads for the interpreter too.
-GATED: dict[str, tuple[QuantFormat, int, int, int, Config, str]] = {
-    "int4_g128": (qjax.INT4_G128, 40, 256, 256, Config(24, 3), "bfloat16"),
-    "int8": (qjax.INT8_CHANNEL, 72, 128, 128, Config(72, 2), "bfloat16"),
+# Format, rows, k, n, config, shared memory. Several chunks of a tile, in as many buffers and in two.
+GATED: dict[str, tuple[QuantFormat, int, int, int, Config, int]] = {
+    "int4_g128": (qjax.INT4_G128, 40, 256, 256, Config(24, 3), 232448),
+    "two_buffers": (qjax.INT8_CHANNEL, 56, 128, 256, Config(24, 2), 28 * 1024),
 }
 
 
 @pytest.mark.parametrize("name", GATED)
-def test_gated_products(name: str, rng: np.random.Generator) -> None:
-    fmt, m, k, n, config, dtype = GATED[name]
+def test_gated_products(
+    name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One multiprocessor for all tiles: every buffer and barrier is used again."""
+    fmt, m, k, n, config, shared_memory = GATED[name]
+    monkeypatch.setattr("qjax.pallas_kernels._weight_only_large_body._SM_COUNT", 1)
+    monkeypatch.setattr("qjax.pallas_kernels.weight_only_large.SHARED_MEMORY_BYTES", shared_memory)
     w = qjax.quantize(jnp.asarray(rng.standard_normal((k, n)), jnp.float32), fmt)
-    w = pack_for_mosaic(w, compute=dtype, alternating=True)
-    x = jnp.asarray(rng.standard_normal((m, k)) / 16, dtype)
+    w = pack_for_mosaic(w, compute="bfloat16", alternating=True)
+    x = jnp.asarray(rng.standard_normal((m, k)) / 16, jnp.bfloat16)
+    both = np.asarray(packed_dot(x, w, config=config, interpret=True), np.float64)
+    gate, up = np.split(both, 2, axis=1)
     out = packed_dot(x, w, config=config, gated=True, interpret=True)
-    gate, up = np.split(
-        np.asarray(packed_dot(x, w, config=config, interpret=True), np.float64), 2, 1
-    )
     assert out.shape == (m, n // 2) and out.dtype == x.dtype
     wanted = gate / (1 + np.exp(-gate)) * up
     np.testing.assert_allclose(
