@@ -54,6 +54,8 @@ from qjax.serving.key_bias import describe, leave_out_biases
 from qjax.serving.settings import kv_formats
 from qjax.training.bpe import read_text
 
+BATCH_SIZE = 8
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -72,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output-dir", required=True, help="where the results go")
     add("--max-tokens", type=int, help="score the beginning of the text only")
     add("--seq-len", type=int, help="tokens per sequence (default: the context, 2048 at most)")
-    add("--batch-size", type=int, default=8, help="sequences together (default %(default)s)")
+    add("--batch-size", type=int, help=f"sequences together (default {BATCH_SIZE})")
     add("--separator", help="score the pieces of the text between these marks one by one")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the checkpoint's")
     add("--memory-only", action="store_true", help="sizes only, from the configuration")
@@ -92,8 +94,8 @@ def check_args(args: argparse.Namespace) -> dict[str, QuantFormat | None]:
             raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise ValueError(f"--output-dir {args.output_dir} is a file; give a folder")
-    for name in ("text", "max_tokens", "seq_len", "separator", "no_speed"):
-        if args.memory_only and getattr(args, name):
+    for name in ("text", "max_tokens", "seq_len", "batch_size", "separator", "no_speed"):
+        if args.memory_only and getattr(args, name) not in (None, False):
             flag = name.replace("_", "-")
             raise ValueError(f"--memory-only scores no text; leave --{flag} out")
     if not args.memory_only and not args.text:
@@ -105,8 +107,11 @@ def check_args(args: argparse.Namespace) -> dict[str, QuantFormat | None]:
         )
     if args.quantization_param_path and args.memory_only:
         raise ValueError("--memory-only needs no scales; leave --quantization-param-path out")
+    if args.configs and args.model:
+        raise ValueError(f"--configs and --model {args.model}: sizes are of one or the other")
     if args.configs and not args.memory_only:
         raise ValueError("--configs needs --memory-only: without weights nothing can be scored")
+    args.batch_size = args.batch_size or BATCH_SIZE
     return formats
 
 
@@ -253,5 +258,8 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        print("compare.py: interrupted; finished rows are in --output-dir", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qjax._device import prefer_quick_compilation
 from qjax.calibrate.run import EXPORTS, calibrate_checkpoint
@@ -18,6 +19,8 @@ from qjax.models.config import ModelConfig
 from qjax.tokenizer import Tokenizer
 
 KV_DTYPES = {"none": None, "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "int8": "int8"}
+CANDIDATES = "int4_g128,int4_g64,int4_g32,int8_g128"
+NUM_SAMPLES = 128
 
 EPILOG = """\
 methods
@@ -89,9 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--candidates",
-        default="int4_g128,int4_g64,int4_g32,int8_g128",
         metavar="FORMATS",
-        help="formats that --target-bits chooses from; default: %(default)s",
+        help=f"formats that --target-bits chooses from; default: {CANDIDATES}",
     )
     add(
         "--rotate",
@@ -107,21 +109,29 @@ def build_parser() -> argparse.ArgumentParser:
         help="also calibrate static KV cache scales for this type; default: %(default)s",
     )
     add("--text", "--calibration-data", type=Path, metavar="FILE", help="calibration text")
-    add("--num-samples", type=int, default=128, help="sequences of text; default: %(default)s")
+    add("--num-samples", type=int, help=f"sequences of text; default: {NUM_SAMPLES}")
     add(
         "--seq-len",
         type=int,
         help="tokens per sequence; default: 2048, or what the model was made for if that is less",
     )
     add("--batch-tokens", type=int, default=8192, help="per forward pass; default: %(default)s")
-    add("--damping", type=float, default=0.01, help="GPTQ; default: %(default)s")
-    add("--sweeps", type=int, default=4, help="coordinate descent sweeps; default: %(default)s")
-    add("--steps", type=int, default=200, help="updates of learning; default: %(default)s")
+    add("--damping", type=float, help=f"of gptq; default: {Settings.damping}")
+    add(
+        "--sweeps",
+        type=int,
+        help=f"coordinate descent sweeps of gptq and autoround; default: {Settings.sweeps}",
+    )
+    add(
+        "--steps",
+        type=int,
+        help=f"updates of learning, of autoround and +scales; default: {Settings.steps}",
+    )
     add(
         "--correction",
         type=float,
-        default=0.1,
-        help="ridge for aiming at the original model's outputs, 0 for off; default: %(default)s",
+        help="ridge for aiming at the original model's outputs, 0 for off, of all but rtn and "
+        f"smoothquant; default: {Settings.correction}",
     )
     add(
         "--no-sequential",
@@ -153,25 +163,49 @@ def parse_settings(args: argparse.Namespace) -> Settings:
             raise ValueError(f"--rule {rule!r} must be REGEX=FORMAT")
         rules.append((pattern, with_scale(parse_format(name))))
     candidates: list[QuantFormat] = []
-    for name in args.candidates.split(",") if args.target_bits is not None else ():
+    for name in (args.candidates or CANDIDATES).split(",") if args.target_bits is not None else ():
         candidate = with_scale(parse_format(name))
         if candidate is None:
             raise ValueError(f"--candidates {args.candidates}: {name!r} does not quantize")
         candidates.append(candidate)
-    return Settings(
+    if args.candidates is not None and args.target_bits is None:
+        raise ValueError(f"--candidates {args.candidates} has no use without --target-bits")
+    if args.batch_tokens < 1:
+        raise ValueError(f"--batch-tokens {args.batch_tokens} must be at least 1")
+    if args.text is None:
+        for name in ("num_samples", "seq_len"):
+            if getattr(args, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {getattr(args, name)} has no use without --text")
+    given: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("damping", "sweeps", "steps", "correction")
+        if getattr(args, name) is not None
+    }
+    settings = Settings(
         fmt=with_scale(parse_format(args.format)),
         method=args.method,
         rules=tuple(rules),
-        damping=args.damping,
-        sweeps=args.sweeps,
-        steps=args.steps,
-        correction=args.correction or None,
+        damping=given.get("damping", Settings.damping),
+        sweeps=given.get("sweeps", Settings.sweeps),
+        steps=given.get("steps", Settings.steps),
+        correction=given.get("correction", Settings.correction) or None,
         target_bits=args.target_bits,
         candidates=tuple(candidates),
         sequential=not args.no_sequential,
         rotate=args.rotate,
         kv_dtype=KV_DTYPES[args.kv_cache_dtype],
     )
+    used = {
+        "damping": settings.rounding == "gptq",
+        "sweeps": settings.rounding in ("gptq", "learned"),
+        "steps": settings.learns_scales,
+        "correction": settings.rounding != "rtn",
+    }
+    for name, value in given.items():
+        if not used[name]:
+            raise ValueError(f"--{name} {value} has no use with --method {args.method}")
+    return settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             samples = sample_tokens(
                 read_documents(args.text),
                 tokenizer.encode,
-                num_samples=args.num_samples,
+                num_samples=NUM_SAMPLES if args.num_samples is None else args.num_samples,
                 seq_len=seq_len,
                 bos_id=tokenizer.bos_id,
             )
@@ -210,6 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             overwrite=args.overwrite,
             progress=not args.quiet,
         )
+    except KeyboardInterrupt:
+        print("quantize.py: interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
