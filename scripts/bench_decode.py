@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="bfloat16",
         help="of activations and of all that is not quantized (%(default)s)",
     )
-    add("--kv-cache-dtype", default="auto", help="as in serve.py (%(default)s)")
+    add("--kv-cache-dtype", help="as in serve.py (16 bits, as --dtype)")
     add(
         "--kv-scale-mode",
         choices=("tracked", "dynamic", "static"),
@@ -114,6 +114,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, with the defaults that depend on others."""
+    args = build_parser().parse_args(argv)
+    if args.kv_cache_dtype is None:
+        args.kv_cache_dtype = parse_kv_format("auto", model_dtype=jnp.dtype(args.dtype)).name
+    return args
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +353,7 @@ def check(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit code, 1 if any row failed."""
-    args = build_parser().parse_args(argv)
+    args = parse_args(argv)
     try:
         check(args)
     except ValueError as error:

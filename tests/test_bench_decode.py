@@ -46,7 +46,7 @@ def test_a_row_per_batch_size(capsys, tmp_path, monkeypatch):
 def test_over_two_devices():
     """Weights are made where they lie."""
     flags = ["--formats", "int4_g32", "--batch-sizes", "2"]
-    args = bench_decode.build_parser().parse_args([*SMALL, *flags, "--tp-size", "2"])
+    args = bench_decode.parse_args([*SMALL, *flags, "--tp-size", "2"])
     bench_decode.check(args)
     mesh = tensor_parallel_mesh(2)
     params = random_params(TINY, parse_format("int4_g32"), place=placer(TINY, mesh))
@@ -146,3 +146,13 @@ def test_published_shapes():
         one, two = count(config, 1), count(config, 2)  # tracing all 80 layers takes seconds
         total = one + (config.num_layers - 1) * (two - one)
         assert total / 1e9 == pytest.approx(billions, abs=0.06)
+
+
+def test_float16():
+    flags = ["--formats", "int4_g32", "--batch-sizes", "2", "--dtype", "float16"]
+    args = bench_decode.parse_args([*SMALL, *flags])
+    bench_decode.check(args)
+    params = random_params(TINY, parse_format("int4_g32"), jnp.float16)
+    row = bench_decode.measure(args, "int4_g32", 2, params, None)
+    assert row.error is None and (row.dtype, row.kv_cache_dtype) == ("float16", "f16")
+    assert "| int4_g32, float16 | f16 | 2 |" in bench_decode.table([row])[2]
