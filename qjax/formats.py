@@ -68,6 +68,9 @@ class QuantFormat:
                 f"group_size={self.group_size} with granularity={self.granularity!r}: "
                 "'group' needs a group_size and the others take none"
             )
+        for size in (self.group_size, *(self.block or ())):
+            if size is not None and not isinstance(size, int):
+                raise ValueError(f"a tile of {size!r} elements: sizes must be of type int")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size={self.group_size} must be positive; use 'channel' for -1")
         if (self.granularity == "block") != (self.block is not None):

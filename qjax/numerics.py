@@ -1,6 +1,6 @@
 """Casts that saturate, and the scale and zero point of a tile.
 
-What happens to unusual inputs, for every format (tests/test_numerics.py):
+What happens to unusual inputs, for every format (tests/test_quantize.py):
 
 ============  ==================================================================================
 input         result

@@ -92,10 +92,17 @@ def quantize(
       A ``QuantizedArray`` of the logical shape of ``x``.
 
     Raises:
-      ValueError: If ``x`` is not floating point, or the format does not fit the shape.
+      ValueError: If ``x`` or ``dtype`` is not floating point, ``x`` is quantized already, ``fmt``
+        is no ``QuantFormat``, or the format does not fit the shape.
     """
+    if not isinstance(fmt, QuantFormat):
+        raise ValueError(f"{fmt=} is no QuantFormat; parse_format('int4') and the like give one")
+    if isinstance(x, QuantizedArray):
+        raise ValueError(f"the array is quantized already ({x.fmt.name}); dequantize it first")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"only floating-point arrays are quantized; got {x.dtype}")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{dtype=} must be a floating-point type; integers would cut values off")
     if scale is None and zero_point is not None:
         raise ValueError("zero_point was given without scale; give both or neither")
     if scale is not None and scale.ndim != x.ndim:
@@ -110,6 +117,8 @@ def quantize(
 def _quantize(
     x: Array, scale: Array | None, zero_point: Array | None, fmt: QuantFormat, axis: int, dtype: Any
 ) -> QuantizedArray:
+    if x.dtype == jnp.float64:  # scales are float32: beyond it is inf, which saturates
+        x = x.astype(jnp.float32)
     if scale is None:
         scale, zero_point = compute_scale(x, fmt, axis=axis)
     qvalue = encode(x, scale, zero_point, fmt, fmt.tiles(x.shape, axis))

@@ -98,7 +98,9 @@ class QuantizedArray:
             raise ValueError(f"{zero_point.shape=} must be that of scale, {scale.shape}")
         if perm is not None and perm.shape != (qvalue.shape[-2],):
             raise ValueError(f"{perm.shape=} must be ({qvalue.shape[-2]},), the contraction size")
-        return cls(qvalue, scale, zero_point, perm, global_scale, act_scale, fmt, jnp.dtype(dtype))
+        # float64 means float32 where jax has no 64-bit types: as a result it would be a warning.
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+        return cls(qvalue, scale, zero_point, perm, global_scale, act_scale, fmt, dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -223,3 +223,29 @@ def test_errors() -> None:
         make(codes, ones, QuantFormat("int8", symmetric=False))
     with pytest.raises(ValueError, match=r"perm.shape=\(4,\) must be \(8,\)"):
         make(codes, ones, qjax.INT8_CHANNEL, perm=jnp.arange(4))
+
+
+def test_more_errors() -> None:
+    x = jnp.ones((64, 4))
+    with pytest.raises(ValueError, match=r"fmt='int4' is no QuantFormat; parse_format"):
+        qjax.quantize(x, "int4")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"quantized already \(int8_channel\)"):
+        qjax.quantize(qjax.quantize(x, qjax.INT8_CHANNEL), qjax.INT8_CHANNEL)  # pyright: ignore
+    with pytest.raises(ValueError, match="must be a floating-point type"):
+        qjax.quantize(x, qjax.INT8_CHANNEL, dtype=jnp.int32)
+    with pytest.raises(ValueError, match="a tile of 64.0 elements"):
+        qjax.QuantFormat("int4", "group", group_size=64.0)  # pyright: ignore
+
+
+def test_float64() -> None:
+    # Without 64-bit types it is float32; a float64 result would be a warning on every use.
+    q = qjax.quantize(np.ones((64, 4), np.float64), qjax.INT8_CHANNEL)  # pyright: ignore
+    assert q.dtype == jnp.float32 and q.dequantize().dtype == jnp.float32
+    with jax.enable_x64(True):
+        # What float32 cannot hold counts as inf, which is neither in the scale nor in the result.
+        x = jnp.asarray([[1e300], [3.0], [-1.5], [-1e300]], jnp.float64)
+        for fmt in (qjax.INT8_CHANNEL, qjax.FP8_E4M3_CHANNEL, qjax.INT4_CHANNEL_ASYM):
+            values = qjax.quantize(x, fmt).dequantize()
+            assert values.dtype == jnp.float64
+            assert float(values[0, 0]) == pytest.approx(3.0)
+            assert -3.001 < float(values[3, 0]) < -1.4
