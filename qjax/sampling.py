@@ -51,6 +51,8 @@ class SamplingParams:
             )
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must not be negative; 0 keeps all tokens")
+        if self.top_k >= 2**31:
+            raise ValueError(f"top_k={self.top_k} is too large; 0 keeps all tokens")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens")
         if not 0 <= self.seed <= MAX_SEED:

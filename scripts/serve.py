@@ -190,7 +190,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompts", metavar="FILE", help="file of prompts, .txt or .jsonl; see below")
     add("--chat", action="store_true", help="send prompts as a user's message of the chat template")
     add("--output", metavar="FILE.jsonl", help="write results here instead of printing them")
-    add("--overwrite", action="store_true", help="replace existing output files")
+    add("--overwrite", action="store_true", help="replace existing files of --output and the like")
 
     add = parser.add_argument_group("sampling").add_argument
     add(
@@ -267,11 +267,12 @@ def generate(args: argparse.Namespace) -> None:
     calibration = parse_calibration(args.quantization)
     if calibration is None:
         parse_format(args.quantization)
-        if args.calibration_data is not None:
-            raise ValueError(
-                f"--calibration-data has no use with --quantization {args.quantization}; it goes "
-                "with gptq, awq and the like"
-            )
+        for name in ("data", "cache"):
+            if getattr(args, f"calibration_{name}") is not None:
+                raise ValueError(
+                    f"--calibration-{name} has no use with --quantization {args.quantization}; it "
+                    "goes with gptq, awq and the like"
+                )
     args.kv_cache_dtype = args.kv_cache_dtype or preset.kv_cache_dtype
     choices = ModelChoices(
         **{f.name: getattr(args, f.name) for f in dataclasses.fields(ModelChoices)}

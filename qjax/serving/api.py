@@ -231,8 +231,6 @@ def _sampling(fields: Mapping[str, Any], settings: ServerSettings) -> SamplingPa
     }
     if given["top_k"] == -1:  # how others write "all"
         given["top_k"] = 0
-    if given["top_k"] is not None and given["top_k"] >= 2**31:
-        raise APIError(f"top_k={given['top_k']} is too large; 0 keeps all tokens", param="top_k")
     if given["seed"] is None:
         given["seed"] = settings.seeds.randint(0, MAX_SEED)
     given = {name: value for name, value in given.items() if value is not None}

@@ -27,7 +27,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that would have no effect.
 
     Raises:
-      ValueError: If a flag goes with ``--port`` only and there is none, or the other way round.
+      ValueError: If a flag goes with ``--port`` only and there is none, or the other way round; or
+        if there is no file to overwrite.
     """
     if args.port is None:
         only, why = ("host", "served_model_name", "api_key"), "has no use without --port"
@@ -37,6 +38,10 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in only:
         if getattr(args, name) not in (None, False, []):
             raise ValueError(f"--{name.replace('_', '-')} {why}; leave it out")
+    if args.overwrite and args.output is None and args.export_kv_scales is None:
+        raise ValueError(
+            "--overwrite has no use without --output or --export-kv-scales: no file is written"
+        )
     if args.api_key == "":
         raise ValueError("--api-key is empty; give a key, or leave it out to let everyone in")
 

@@ -41,13 +41,21 @@ def prepare(
       chat: Treat plain prompts as one user message of the model's chat template.
 
     Raises:
-      ValueError: If a prompt cannot be used; names its place.
+      ValueError: If a prompt cannot be used (names its place), or ``defaults`` restrict the choice
+        of tokens where every prompt is greedy.
     """
     jobs = []
     for index, prompt in enumerate(prompts):
         text, ids = prompt.encode(tokenizer, chat=chat)
         request = Request(tuple(ids), prompt.sampling(defaults, index))
         jobs.append(Job(prompt.where, text, request))
+    if jobs and all(job.request.params.temperature == 0 for job in jobs):
+        for name, neutral in (("top_p", 1.0), ("top_k", 0)):
+            if getattr(defaults, name) != neutral:
+                raise ValueError(
+                    f"{name}={getattr(defaults, name)} has no use at temperature 0, which takes "
+                    "the most likely token; give a temperature above 0, such as 0.7"
+                )
     return jobs
 
 

@@ -118,6 +118,8 @@ def _parse(where: str, line: str) -> Prompt:
         values = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # too many digits or brackets for Python
+        raise ValueError(f"{where}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected an object with 'prompt', got {line.strip()[:40]}")
     unknown = sorted(set(values) - set(_KEYS))
@@ -141,7 +143,10 @@ def _parse(where: str, line: str) -> Prompt:
 
 def _setting(where: str, name: str, value: Any, kind: type) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ValueError(f"{where}: {name!r} is larger than any number of its kind") from None
     if type(value) is not kind:
         raise ValueError(f"{where}: {name!r} must be of type {kind.__name__}, not {value!r}")
     return value
