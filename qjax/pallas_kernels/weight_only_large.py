@@ -111,7 +111,7 @@ def scaled_sums(p: Problem) -> bool:
 def max_columns(p: Problem, warpgroups: int = 2) -> int:
     """Tokens of the widest tile: what the registers hold."""
     if scaled_sums(p) and p.compute == "int8":
-        return {2: _MAX_INTEGER_COLUMNS, 3: 112, 4: 80}[warpgroups]
+        return {2: _MAX_INTEGER_COLUMNS, 3: 112, 4: 64 if p.gated else 80}[warpgroups]
     return {2: _MAX_COLUMNS, 3: 160, 4: 80}[warpgroups]
 
 
@@ -193,6 +193,8 @@ def config_unsupported_reason(config: Config, p: Problem) -> str | None:
         )
     if p.gated and (config.warpgroups % 2 or config.splits > 1):
         return "a gated product needs an even number of warpgroups and one split"
+    if p.gated and config.columns > 40 and config.columns % 16:
+        return f"columns={config.columns}; gated products have up to 40 or a multiple of 16"
     if p.n % config.features:
         return f"n={p.n} is no multiple of {config.features}"
     if p.compute == "int8" and config.columns > 24 and config.columns % 16:

@@ -48,8 +48,10 @@ BRANCHES: list[tuple[Problem, Config]] = [
             ((64, 4096, 28672, "int4", 128, False, "bfloat16"), Config(64, 8, 2, 1, 4)),
             ((80, 4096, 28672, "int4", 32, True, "bfloat16"), Config(80, 6, 2, 1, 4)),
             ((4096, 4096, 28672, "int4", 128, False, "bfloat16"), Config(160, 6, 2)),
-            ((64, 4096, 28672, "int4", 128, False, "int8"), Config(80, 5, 1, 1, 4)),
+            ((64, 4096, 28672, "int4", 128, False, "bfloat16"), Config(40, 8, 1, 1, 4)),
+            ((64, 4096, 28672, "int4", 128, False, "int8"), Config(64, 5, 1, 1, 4)),
             ((4096, 4096, 28672, "int4", 128, False, "int8"), Config(160, 4, 2)),
+            ((4096, 4096, 28672, "int4", 32, True, "bfloat16"), Config(240, 4)),
             ((4096, 4096, 28672, "int8", None, False, "bfloat16"), Config(256, 5, 2)),
         )
     ),

@@ -66,10 +66,11 @@ GATED: dict[str, tuple[str, int, int, Config]] = {
     "decode": ("int4_g128", 64, 33 * 512, Config(64, 8, cluster=2, warpgroups=4)),
     "decode_tiles": ("int4_g128", 200, 33 * 512, Config(64, 6, cluster=2, warpgroups=4)),
     "decode_edge": ("int4_g128", 40, 33 * 512, Config(80, 6, warpgroups=4)),
-    "tiles": ("int4_g32_asym", 300, 33 * 256, Config(72, 4)),
+    "short_chunks": ("int4_g128", 40, 33 * 512, Config(40, 8, warpgroups=4)),
+    "tiles": ("int4_g32_asym", 300, 33 * 256, Config(80, 4)),
     "two_buffers": ("int8_channel", 520, 33 * 256, Config(192, 6)),
     "one_buffer": ("int8_channel", 520, 33 * 256, Config(256, 5, cluster=2)),
-    "f16": ("int4_g128_f16", 200, 16 * 256, Config(104, 4)),
+    "f16": ("int4_g128_f16", 200, 16 * 256, Config(112, 4)),
     "e4m3": ("e4m3_block128", 200, 33 * 512, Config(64, 4, warpgroups=4)),
 }
 
@@ -173,7 +174,7 @@ def test_gated(name: str, rng: np.random.Generator) -> None:
         assert (out == run(x, w)).all(), "results must not differ from run to run"
 
 
-@pytest.mark.parametrize("config", [Config(80, 4, 2, warpgroups=4), Config(160, 4)])
+@pytest.mark.parametrize("config", [Config(64, 4, 2, warpgroups=4), Config(160, 4)])
 @pytest.mark.parametrize("fmt", [qjax.INT4_G128, qjax.INT4_CHANNEL])
 def test_gated_int8(fmt: QuantFormat, config: Config, rng: np.random.Generator) -> None:
     """Integer sums with scales of rows; activations in any order, as both products have it."""

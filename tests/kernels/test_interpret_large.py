@@ -57,7 +57,7 @@ def test_matches_float32_product(name: str, rng: np.random.Generator) -> None:
     assert relative_error(out, reference) < tolerance
 
 
-# Format, rows, k, n, config, shared memory. Several chunks of a tile, in as many buffers and in two.
+# Format, rows, k, n, config, shared memory. Several chunks of a tile, as many buffers or two.
 GATED: dict[str, tuple[QuantFormat, int, int, int, Config, int]] = {
     "int4_g128": (qjax.INT4_G128, 40, 256, 256, Config(24, 3), 232448),
     "two_buffers": (qjax.INT8_CHANNEL, 56, 128, 256, Config(24, 2), 28 * 1024),

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qjax
-from qjax.ops.packed import pack_for_mosaic, packed_kernels
+from qjax.ops import gated
+from qjax.ops.packed import pack_for_mosaic, packed_config, packed_kernels
 from qjax.pallas_kernels import _codes, weight_only, weight_only_large
 from qjax.pallas_kernels.weight_only import (
     SHARED_MEMORY_BYTES,
@@ -91,6 +92,32 @@ def test_products_that_lack_registers_go_to_the_other_kernel() -> None:
     for m, first in ((16, weight_only), (64, weight_only_large)):
         x: Any = jax.ShapeDtypeStruct((m, 1024), jnp.bfloat16)
         assert packed_kernels(x, w)[0][0] is first
+
+
+def test_gated_products_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one kernel where sums are whole; its config is the product's own wherever that fits."""
+    large = weight_only_large
+    problem = Problem(64, 4096, 28672, "int4", 128, compute="bfloat16", gated=True)
+    for m in (33, 64, 300):
+        config = large.heuristic_config(dataclasses.replace(problem, m=m))
+        assert config.warpgroups in (2, 4) and config.splits == 1
+    refused = large.Config(64, 4, warpgroups=3), large.Config(64, 4, splits=2)
+    for config in refused:
+        reason = large.config_unsupported_reason(config, problem)
+        assert reason is not None and "an even number of warpgroups and one split" in reason
+
+    ones = jnp.ones((1024, 28672), jnp.bfloat16)
+    w = pack_for_mosaic(qjax.quantize(ones, qjax.INT4_G128), alternating=True)
+    x: Any = jax.ShapeDtypeStruct((64, 1024), jnp.bfloat16)
+    monkeypatch.setattr(gated, "GATED_MANY_ROWS", False)
+    assert gated.gated_config(x, w) is None
+    monkeypatch.setattr(gated, "GATED_MANY_ROWS", True)
+    assert gated.gated_config(x, w) == packed_config(x, w)[0]
+    assert isinstance(gated.gated_config(x, w), large.Config)
+    chosen = dataclasses.replace(problem, k=1024)
+    for config, wanted in zip(refused, (large.heuristic_config(chosen), None), strict=True):
+        monkeypatch.setattr(gated, "packed_config", lambda x, w, config=config: (config, "tuned"))
+        assert gated.gated_config(x, w) == wanted
 
 
 def test_shipped_configs_are_distinct() -> None:
