@@ -232,6 +232,8 @@ def test_split_text_loses_nothing(size: int) -> None:
 def test_read_text_reads_xz_and_refuses_the_rest(tmp_path: Path) -> None:
     (tmp_path / "a.txt.xz").write_bytes(lzma.compress(TEXT.encode()))
     assert bpe.read_text(tmp_path / "a.txt.xz") == TEXT
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbfgood")
+    assert bpe.read_text(tmp_path / "mark.txt") == "good"
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty.txt").write_text(" \n")
     for name, message in [("none.txt", "not exist"), ("bad.txt", "UTF-8"), ("empty.txt", "empty")]:

@@ -26,16 +26,17 @@ def read_documents(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); convert it") from None
     if path.suffix == ".jsonl":
-        lines = [line for line in text.splitlines() if line.strip()]
-        documents = [_field(path, number, line) for number, line in enumerate(lines, 1)]
+        # Split on line feeds only: strings may hold other characters that str.splitlines splits at.
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        documents = [_field(path, number, line) for number, line in lines]
     elif path.suffix == ".json":
         try:
             documents = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error})") from None
         if not isinstance(documents, list) or not all(isinstance(d, str) for d in documents):
             raise ValueError(f"{path} must hold a list of strings")
@@ -51,7 +52,7 @@ def _field(path: Path, number: int, line: str) -> str:
     try:
         value = json.loads(line)
         text = value["text"] if isinstance(value, dict) else None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         text = None
     if not isinstance(text, str):
         raise ValueError(f'{path}:{number} must be an object with a string "text"')

@@ -62,14 +62,12 @@ def gptq_quantize(
         nearest; without any token the whole kernel is.
       fmt: Any weight format.
       damping: Added to the diagonal, as a fraction of its mean. Raised tenfold as often as needed
-      for
-        the Cholesky factorization to exist.
+        for the Cholesky factorization to exist.
       order: In which order rows are quantized. ``"none"``: as they are. ``"group"``: most active
         group first and most active row of each first. ``"static"``: most active row first, over all
         groups; scales then come from the original weights.
       search: Search scales for the least error weighted by the Hessian's diagonal, instead of
-      covering
-        the range.
+        covering the range.
       dtype: What ``dequantize`` shall return; ``weight.dtype`` by default.
 
     Returns:

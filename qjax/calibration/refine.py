@@ -50,8 +50,7 @@ def refine(
       sweeps: Passes over all rows; 0 returns the starting point.
       scales: Improve the scales too, before each sweep but the first.
       damping: Added to the Hessian's diagonal, as a fraction of its mean: how much a weight error
-      in
-        directions without activations counts.
+        in directions without activations counts.
 
     Returns:
       A ``QuantizedArray`` of the same structure.

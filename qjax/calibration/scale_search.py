@@ -74,8 +74,7 @@ def search_scale(w: Array, importance: Array, fmt: QuantFormat) -> tuple[Array, 
     Args:
       w: ``(k, n)`` weights.
       importance: float32 ``(k,)``, non-negative. Where it is zero over a whole tile, the full range
-      is
-        kept.
+        is kept.
       fmt: The format.
 
     Returns:

@@ -72,8 +72,7 @@ def update_hessian(stats: HessianStats, x: Array, valid: Array | None = None) ->
     Args:
       stats: What was seen before.
       x: ``(..., k)`` activations. bfloat16 and float16 are multiplied as they are, which is exact,
-      with
-        float32 sums; float32 is multiplied in full precision.
+        with float32 sums; float32 is multiplied in full precision.
       valid: Boolean ``(...)``: tokens to count. All by default.
 
     Returns:

@@ -36,7 +36,7 @@ def read_text(path: str | Path) -> str:
         )
     try:
         data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")  # a byte order mark is no text
     except (lzma.LZMAError, UnicodeDecodeError) as error:
         raise ValueError(
             f"text file {str(path)!r} cannot be read: {error}; it must be UTF-8 text"

@@ -287,6 +287,17 @@ def test_text_that_cannot_be_read_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.json").write_text("[")
     with pytest.raises(ValueError, match="a.json is not JSON"):
         read_documents(tmp_path / "a.json")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": 5}\n')
+    with pytest.raises(ValueError, match="a.jsonl:3 must be an object"):
+        read_documents(tmp_path / "a.jsonl")
+
+
+def test_documents_may_hold_any_character(tmp_path: pathlib.Path) -> None:
+    # A line separator and a next line are not the end of a JSON line; the byte order
+    # mark and carriage returns of Windows are no text.
+    line = '{"text": "a\u2028b\x85c"}\r\n{"text": "d"}\r\n'
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode())
+    assert read_documents(tmp_path / "a.jsonl") == ["a\u2028b\x85c", "d"]
 
 
 def test_samples_are_spread_over_the_documents_and_cut() -> None:
