@@ -41,13 +41,26 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--from", dest="source", metavar="FILE.jsonl", help="rows of bench_matmul.py --output")
     add("--output", metavar="FILE.json", help="the table (default: that of the device)")
-    add("--shapes", default="8b_gate_up,8b_down,8b_qkv,8b_o", help="see bench_matmul.py")
-    add("--formats", default="int4,int8,fp8,w8a8_fp8,w8a8_int8,w4a8_int8", help="(%(default)s)")
-    add("--rows", default="16,64,8,256,2048,32,128,1024,512,4096", help="(%(default)s)")
+    add(
+        "--shapes",
+        default="8b_gate_up,8b_down,8b_qkv,8b_o",
+        help="see bench_matmul.py (%(default)s)",
+    )
+    add(
+        "--formats",
+        default="int4,int8,fp8,w8a8_fp8,w8a8_int8,w4a8_int8",
+        help="of weights (%(default)s)",
+    )
+    add("--rows", default="16,64,8,256,2048,32,128,1024,512,4096", help="tokens (%(default)s)")
     add("--search", type=int, default=8, metavar="N", help="configs per product (%(default)s)")
     add("--time-limit", type=float, default=600.0, help="seconds for everything (%(default)s)")
     add("--hold-limit", type=float, default=40.0, help="seconds for one config (%(default)s)")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="(%(default)s)")
+    add(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="processes that compile (%(default)s)",
+    )
     add("--rotate-mb", type=float, default=320.0, help="weights to rotate over (%(default)s)")
     add("--launches", type=int, default=16, help="launches per measurement (%(default)s)")
     add("--rows-output", metavar="FILE.jsonl", help="append every measurement here")

@@ -81,13 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the pages: NAME, NAME-MODE or NAME-MODE-unbiased, for keys stored without their "
         "bias (%(default)s)",
     )
-    add("--backends", default="mosaic_gpu,xla", help="(%(default)s); cudnn is for --tokens")
-    add("--tokens", type=int, default=1, help="new tokens per sequence, the last of the context")
-    add("--q-heads", type=int, default=32, help="(%(default)s)")
-    add("--kv-heads", type=int, default=8, help="(%(default)s)")
-    add("--head-dim", type=int, default=128, help="(%(default)s)")
-    add("--page-size", type=int, default=64, help="(%(default)s)")
-    add("--window", type=int, help="sliding window")
+    add("--backends", default="mosaic_gpu,xla", help="(%(default)s); cudnn needs --tokens above 1")
+    add("--tokens", type=int, default=1, help="queries: the context's last (%(default)s)")
+    add("--q-heads", type=int, default=32, help="query heads (%(default)s)")
+    add("--kv-heads", type=int, default=8, help="heads of keys and values (%(default)s)")
+    add("--head-dim", type=int, default=128, help="features per head (%(default)s)")
+    add("--page-size", type=int, default=64, help="tokens per page (%(default)s)")
+    add("--window", type=int, help="tokens that a query sees at most (all)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the queries (%(default)s)")
     add("--search", type=int, default=0, metavar="N", help="also time N configs of the kernel")
     add(

@@ -74,9 +74,22 @@ def build_parser() -> argparse.ArgumentParser:
         default="8b_qkv,8b_o,8b_gate_up,8b_down",
         help=f"names or KxN (%(default)s); names: {', '.join(SHAPES)}",
     )
-    add("--formats", default="bf16,int4,int4_g32,int4_g128_asym,int8,fp8,w8a8_fp8,w8a8_int8")
-    add("--rows", default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192", help="(%(default)s)")
-    add("--backends", default=",".join(BACKENDS), help="(%(default)s)")
+    add(
+        "--formats",
+        default="bf16,int4,int4_g32,int4_g128_asym,int8,fp8,w8a8_fp8,w8a8_int8",
+        help="of the weights, names as in serve.py; bf16 is what others are compared with "
+        "(%(default)s)",
+    )
+    add(
+        "--rows",
+        default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192",
+        help="of the activations (%(default)s)",
+    )
+    add(
+        "--backends",
+        default=",".join(BACKENDS),
+        help="xla runs anywhere, mosaic_gpu on Hopper GPUs (%(default)s)",
+    )
     add(
         "--search",
         type=int,
