@@ -220,6 +220,18 @@ def test_interrupted_runs_go_on(model, tmp_path, capsys, monkeypatch):
     assert not partial.exists()
 
 
+def test_two_runs_do_not_write_one_file(tmp_path):
+    path, settings = tmp_path / "out.jsonl", {"a": 1}
+    result = Result("p", "t", (1,), 1, "length")
+    with ResultFile(path, 2, settings) as first:
+        first.add(0, result)
+        with pytest.raises(ValueError, match="out.jsonl.partial is being written by another"):
+            ResultFile(path, 2, settings)
+        first.add(1, result)
+        first.finish()
+    assert path.read_text().count("\n") == 2 and not first.partial.exists()
+
+
 def test_a_damaged_partial_file_is_an_error(model, tmp_path, capsys):
     prompts = write_lines(tmp_path / "p.txt", "the cat")
     write_lines(tmp_path / "out.jsonl.partial", "[]")

@@ -8,6 +8,8 @@ order, atomically, and the partial file is removed.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -59,6 +61,20 @@ def json_line(values: Mapping[str, Any]) -> str:
     return line + "\n"
 
 
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Until the file is closed nobody else gets as far as this."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"{path} is being written by another process; wait for it, or name another output"
+        ) from None
+    except OSError as error:
+        # Some network file systems have no locks; there two runs are the user's to keep apart.
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+
+
 class ResultFile:
     """Collects results of a known number of prompts; a context manager.
 
@@ -80,8 +96,8 @@ class ResultFile:
           overwrite: Replace an existing output file at the end.
 
         Raises:
-          ValueError: If the output exists, or the partial file belongs to other settings or is
-            damaged; says what to delete.
+          ValueError: If the output exists, or the partial file belongs to other settings, is
+            damaged (says what to delete) or is being written by another process.
           OSError: If the folder cannot be written.
         """
         self.path = Path(path)
@@ -93,12 +109,19 @@ class ResultFile:
         if self.path.exists() and not overwrite:
             raise ValueError(f"{self.path} exists; name another file, or give --overwrite")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        end = self._resume(header) if self.partial.exists() else 0
-        self._file: BinaryIO = open(self.partial, "r+b" if end else "wb")
-        self._file.truncate(end)
-        self._file.seek(end)
-        if not end:
-            self._append(header)
+        self._file: BinaryIO = os.fdopen(
+            os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b"
+        )
+        try:
+            _lock(self._file, self.partial)
+            end = self._resume(header)
+            self._file.truncate(end)
+            self._file.seek(end)
+            if not end:
+                self._append(header)
+        except BaseException:
+            self._file.close()
+            raise
 
     def _resume(self, header: Mapping[str, Any]) -> int:
         """Read the partial file; returns the length of its sound part."""
