@@ -48,7 +48,7 @@ def store(
         narrow = piece.astype(out_smem.dtype)
         narrow = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA_TRANSPOSED)
         if "paired" in scratch:
-            # No later than the buffer's second use there is an arrival to wait for.
+            # Before a buffer's first use there is no arrival to wait for.
             reused = number > 0 if index < buffers else None
             _store_gated(narrow, index, reused, feature, tokens, out, scratch, warpgroup)
         else:

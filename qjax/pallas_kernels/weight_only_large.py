@@ -193,6 +193,7 @@ def config_unsupported_reason(config: Config, p: Problem) -> str | None:
         )
     if p.gated and (config.warpgroups % 2 or config.splits > 1):
         return "a gated product needs an even number of warpgroups and one split"
+    # Written out eight tokens at a time, wider tiles spill registers.
     if p.gated and config.columns > 40 and config.columns % 16:
         return f"columns={config.columns}; gated products have up to 40 or a multiple of 16"
     if p.n % config.features:
