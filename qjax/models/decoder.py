@@ -18,9 +18,8 @@ from qjax.formats import QuantFormat
 from qjax.kv_cache import QuantizedKVCache
 from qjax.models.config import ModelConfig
 from qjax.nn import Attention, GatedMLP, QuantDense, RMSNorm, TensorParallel
-from qjax.nn.layers import Taps, codes_format, read_next
+from qjax.nn.layers import Taps, codes_format
 from qjax.ops.dot import quantized_dot
-from qjax.pallas_kernels._ahead import ReadNext
 
 
 class DecoderLayer(nn.Module):
@@ -84,7 +83,7 @@ class DecoderLayer(nn.Module):
         if delta is None:
             h = norm(x)
         else:
-            x, h = norm(x, delta, *self._wishes("self_attn", "qkv_proj", x))
+            x, h = norm(x, delta, self._codes("self_attn", "qkv_proj", x))
         attn = Attention(
             layer=self.layer,
             num_q_heads=c.num_q_heads,
@@ -107,7 +106,7 @@ class DecoderLayer(nn.Module):
         )
         h, cache, attn_taps = attn(h, positions, cache, slots, valid)
         norm = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm", **norms)
-        x, h = norm(x, h, *self._wishes("mlp", "gate_up_proj", x))
+        x, h = norm(x, h, self._codes("mlp", "gate_up_proj", x))
         mlp = GatedMLP(
             c.intermediate_size,
             use_bias=c.mlp_bias,
@@ -125,12 +124,10 @@ class DecoderLayer(nn.Module):
             return (x, delta), cache, taps
         return x + delta.astype(jnp.float32).sum(0).astype(x.dtype), cache, taps
 
-    def _wishes(
-        self, block: str, name: str, x: jax.Array
-    ) -> tuple[QuantFormat | None, ReadNext | None]:
-        """Of a projection to the kernel that normalises its input: its format, what it reads."""
-        params = self.variables.get("params", {}).get(block, {})
-        return codes_format(params, name, x.shape, x.dtype), read_next(params, name, x.shape)
+    def _codes(self, block: str, name: str, x: jax.Array) -> QuantFormat | None:
+        """Format in which a projection takes its input from the kernel that normalises it."""
+        params = self.variables.get("params", {})
+        return codes_format(params.get(block, {}), name, x.shape, x.dtype)
 
 
 class Embedding(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 
 from qjax.calibration.rotation import random_hadamard, rotate
 from qjax.kv_cache import QuantizedKVCache
-from qjax.nn.layers import QuantDense, RMSNorm, Taps, read_next
+from qjax.nn.layers import QuantDense, RMSNorm, Taps
 from qjax.nn.rotary import RopeScaling, rope_frequencies
 from qjax.ops.activations import QuantizedActivation
 from qjax.ops.attention import attention, paged_attention
@@ -129,7 +129,6 @@ class Attention(nn.Module):
                 valid,
                 projected=None if self.qk_norm else projected,
                 mix=self._mix if fmt is not None and fmt.mixes_keys else None,
-                ahead=read_next(self.variables.get("params", {}), "o_proj", x.shape),
                 # Another backend's name is for attention; it says nothing about the cache.
                 backend="xla" if self.attention_backend == "xla" else None,
             )

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from qjax.formats import QuantFormat
 from qjax.nn.parallel import reorder_inputs, sum_over_devices
-from qjax.ops import packed_w8a8
 from qjax.ops.activations import QuantizedActivation, codes_by_kernel, quantize_gated
 from qjax.ops.dot import quantized_dot
 from qjax.ops.gated import gated_dot
@@ -29,8 +28,6 @@ from qjax.ops.norm import (
 )
 from qjax.ops.packed import PackedWeight
 from qjax.ops.packed_w8a8 import takes_codes
-from qjax.pallas_kernels import _ahead
-from qjax.pallas_kernels._ahead import ReadNext
 from qjax.quantized_array import QuantizedArray
 
 Taps = dict[str, Any]
@@ -52,27 +49,6 @@ def codes_format(
     fmt = takes_codes(block[name]["kernel"]) if name in block else None
     rows = math.prod(shape[:-1])
     return fmt if fmt is not None and codes_by_kernel(rows, shape[-1], dtype, fmt) else None
-
-
-def read_next(block: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> ReadNext | None:
-    """What a layer's product reads, for kernels that run before it with few tokens.
-
-    Args:
-      block: Parameters of the block with the layer.
-      name: Name of the layer.
-      shape: Of its input, ``(..., in)``.
-
-    Returns:
-      The codes of a packed weight, or a plain one of 16 bits; None for any other, or many tokens.
-    """
-    rows = math.prod(shape[:-1])
-    if name not in block or rows > _ahead.MAX_ROWS:
-        return None
-    kernel = block[name]["kernel"]
-    if isinstance(kernel, PackedWeight):
-        return packed_w8a8.read_next(kernel, rows)
-    plain = isinstance(kernel, jax.Array) and kernel.dtype.itemsize == 2
-    return ReadNext(kernel) if plain else None
 
 
 class QuantDense(nn.Module):
@@ -153,11 +129,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        delta: jax.Array | None = None,
-        codes: QuantFormat | None = None,
-        ahead: ReadNext | None = None,
+        self, x: jax.Array, delta: jax.Array | None = None, codes: QuantFormat | None = None
     ) -> Any:
         """Normalise, after adding to the residual stream if there is something to add.
 
@@ -165,7 +137,6 @@ class RMSNorm(nn.Module):
           x: ``(..., d)``.
           delta: ``(s, ..., d)``, added to ``x`` first; see ``add_rms_norm``.
           codes: With a delta: format in which the result is welcome, from ``codes_format``.
-          ahead: With a delta: what the device reads next; see ``add_rms_norm``.
 
         Returns:
           ``(..., d)`` of ``dtype``, or a ``QuantizedActivation``; with a delta the new ``x`` as
@@ -179,8 +150,8 @@ class RMSNorm(nn.Module):
         if backend == "xla" or x.dtype != self.dtype:
             codes = None
         if codes is not None and add_rms_norm_codes_unsupported_reason(x, codes) is None:
-            return add_rms_norm_codes(x, delta, weight, self.eps, codes, ahead=ahead)
-        x, y = add_rms_norm(x, delta, weight, self.eps, ahead=ahead, backend=backend)
+            return add_rms_norm_codes(x, delta, weight, self.eps, codes)
+        x, y = add_rms_norm(x, delta, weight, self.eps, backend=backend)
         return x, y.astype(self.dtype)
 
 
@@ -218,8 +189,7 @@ class GatedMLP(nn.Module):
             joined = {**common, "use_bias": False, "gated": gated}
             hidden = QuantDense(2 * self.intermediate_size, name="gate_up_proj", **joined)(x)
             if codes is not None:
-                ahead = read_next(self.variables["params"], "down_proj", x.shape)
-                hidden = quantize_gated(hidden, codes, ahead=ahead)
+                hidden = quantize_gated(hidden, codes)
             elif self.use_bias:
                 gate, up = jnp.split(hidden, 2, axis=-1)
                 gate, up = gate + self._bias("gate_proj"), up + self._bias("up_proj")

@@ -14,10 +14,7 @@ from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import CLIP_FACTORS
 from qjax.ops._dispatch import choose_backend, kernels_by_default
-from qjax.pallas_kernels._ahead import ReadNext
 from qjax.typing import Array, DType
-
-_MAX_READ_BETWEEN = 24 << 20  # bytes; an H200 has 50 MiB of L2 cache
 
 Biases = tuple[Array | None, Array | None, Array | None]
 
@@ -124,7 +121,6 @@ def rotate_and_append_by_kernel(
     positions: Array,
     slots: Array,
     valid: Array,
-    ahead: ReadNext | None = None,
 ) -> tuple[Array, QuantizedKVCache]:
     """``rotate_and_append`` of a ``Projected`` for ``t == 1``; arguments as there.
 
@@ -141,21 +137,13 @@ def rotate_and_append_by_kernel(
     for source, bias in zip(sizes.parts.values(), biases, strict=True):
         if source.bias is not None and bias is not None:
             inputs[source.bias] = bias
-    # What attention reads before must leave room for it in the cache of the device.
-    tokens = sizes.rows * cache.pages_per_seq * cache.page_size
-    if 2 * tokens * cache.num_kv_heads * sizes.row_bytes > _MAX_READ_BETWEEN:
-        ahead = None
-    queries, cache = _run(cache, layer, sizes, inputs, ahead)
+    queries, cache = _run(cache, layer, sizes, inputs)
     assert queries is not None
     return queries, cache
 
 
 def _run(
-    cache: QuantizedKVCache,
-    layer: int,
-    sizes: Any,
-    inputs: dict[str, Array],
-    ahead: ReadNext | None = None,
+    cache: QuantizedKVCache, layer: int, sizes: Any, inputs: dict[str, Array]
 ) -> tuple[Array | None, QuantizedKVCache]:
     names = ["keys", "values", "key_scales", "value_scales", "running", "page_running"]
     state = {name: getattr(cache, name)[layer] for name in names}
@@ -163,7 +151,7 @@ def _run(
     if cache.formats[layer].mode == "static":
         static = (state.pop("key_scales"), state.pop("value_scales"))
     state = {name: array for name, array in state.items() if array is not None}
-    queries, state = _kernel().call(sizes, inputs, state, static, ahead)
+    queries, state = _kernel().call(sizes, inputs, state, static)
     changed = {}
     for name, array in state.items():
         held = getattr(cache, name)

@@ -20,7 +20,6 @@ from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.formats import QuantFormat
 from qjax.ops._dispatch import kernels_by_default
 from qjax.pallas_kernels import _token_codes, token_codes
-from qjax.pallas_kernels._ahead import ReadNext
 from qjax.quantize import quantize
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array, DType
@@ -99,11 +98,7 @@ def kernel_options(columns: int, fmt: QuantFormat) -> tuple[str, bool]:
 
 
 def quantize_activation(
-    x: Array,
-    fmt: QuantFormat,
-    *,
-    static_scale: Array | None = None,
-    ahead: ReadNext | None = None,
+    x: Array, fmt: QuantFormat, *, static_scale: Array | None = None
 ) -> QuantizedActivation:
     """Quantize activations, by a kernel if there is one for them here.
 
@@ -111,7 +106,6 @@ def quantize_activation(
       x: ``(..., k)``.
       fmt: The format.
       static_scale: The scale of all, for a format that is not dynamic.
-      ahead: What the device reads next; see ``add_rms_norm``.
 
     Returns:
       The codes of ``quantize(x, fmt, axis=-1)``.
@@ -120,7 +114,7 @@ def quantize_activation(
     flat = x.reshape(-1, columns)
     if codes_by_kernel(flat.shape[0], columns, x.dtype, fmt):
         kind, blocks = kernel_options(columns, fmt)
-        codes, scale = token_codes.token_codes(flat, ahead, kind=kind, blocks=blocks)
+        codes, scale = token_codes.token_codes(flat, kind=kind, blocks=blocks)
         return QuantizedActivation(codes, scale, fmt, x.shape, x.dtype)
     with jax.named_scope("quantize_activations"):
         given = None if static_scale is None else static_scale.astype(jnp.float32).reshape(1, 1)
@@ -131,15 +125,12 @@ def quantize_activation(
     return QuantizedActivation(xq.qvalue, scale, fmt, x.shape, x.dtype)
 
 
-def quantize_gated(
-    pair: Array, fmt: QuantFormat, *, ahead: ReadNext | None = None
-) -> QuantizedActivation:
+def quantize_gated(pair: Array, fmt: QuantFormat) -> QuantizedActivation:
     """Quantize ``silu(gate) * up``; ``codes_by_kernel`` must hold.
 
     Args:
       pair: ``(..., 2 k)``: gate left, up right, bfloat16 or float16.
       fmt: The format.
-      ahead: What the device reads next; see ``add_rms_norm``.
 
     Returns:
       Codes of ``(..., k)`` activations, computed in float32 and rounded once to the type of
@@ -148,5 +139,5 @@ def quantize_gated(
     columns = pair.shape[-1] // 2
     kind, blocks = kernel_options(columns, fmt)
     flat = pair.reshape(-1, pair.shape[-1])
-    codes, scale = token_codes.token_codes(flat, ahead, kind=kind, blocks=blocks, gated=True)
+    codes, scale = token_codes.token_codes(flat, kind=kind, blocks=blocks, gated=True)
     return QuantizedActivation(codes, scale, fmt, (*pair.shape[:-1], columns), pair.dtype)

@@ -13,7 +13,6 @@ from qjax.formats import QuantFormat
 from qjax.ops._dispatch import choose_backend
 from qjax.ops.activations import QuantizedActivation, kernel_options
 from qjax.pallas_kernels import add_rms_norm as kernel
-from qjax.pallas_kernels._ahead import ReadNext
 from qjax.typing import Array, DType
 
 _F32 = jnp.float32
@@ -46,7 +45,6 @@ def add_rms_norm(
     weight: Array,
     eps: float,
     *,
-    ahead: ReadNext | None = None,
     backend: str | None = None,
 ) -> tuple[Array, Array]:
     """Add to the residual stream and normalise it.
@@ -57,8 +55,6 @@ def add_rms_norm(
         returns them. Added in order in float32 and rounded to the type of ``residual``.
       weight: ``(d,)``.
       eps: Added to the mean square.
-      ahead: What the device reads next, such as the following product's weight: the kernel asks for
-        its beginning to be in the L2 cache. It has no influence on the result.
       backend: ``"xla"``, ``"mosaic_gpu"``, or None for the kernel where it can run.
 
     Returns:
@@ -70,7 +66,7 @@ def add_rms_norm(
     reason = add_rms_norm_unsupported_reason(residual)
     if choose_backend("add_rms_norm", backend, reason) == "xla":
         return _reference(eps, residual, delta, weight)
-    return _by_kernel(eps, residual, delta, weight, ahead)
+    return _by_kernel(eps, residual, delta, weight)
 
 
 def _reference(eps: float, residual: Array, delta: Array, weight: Array) -> tuple[Array, Array]:
@@ -94,8 +90,6 @@ def add_rms_norm_codes(
     weight: Array,
     eps: float,
     fmt: QuantFormat,
-    *,
-    ahead: ReadNext | None = None,
 ) -> tuple[Array, QuantizedActivation]:
     """``add_rms_norm`` by the kernel, for products with 8-bit activations.
 
@@ -107,7 +101,6 @@ def add_rms_norm_codes(
       weight: ``(d,)``.
       eps: Added to the mean square.
       fmt: Format of the normalised rows.
-      ahead: As for ``add_rms_norm``.
 
     Returns:
       The new residual, and what ``quantize`` makes of the normalised rows, rounded to its type.
@@ -122,7 +115,6 @@ def add_rms_norm_codes(
         delta.reshape(delta.shape[0], rows, d),
         weight,
         eps,
-        ahead,
         codes=codes,
         blocks=blocks,
     )
@@ -131,26 +123,22 @@ def add_rms_norm_codes(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_kernel(
-    eps: float, residual: Array, delta: Array, weight: Array, ahead: ReadNext | None
-) -> tuple[Array, Array]:
+def _by_kernel(eps: float, residual: Array, delta: Array, weight: Array) -> tuple[Array, Array]:
     rows, d = math.prod(residual.shape[:-1]), residual.shape[-1]
     flat = delta.reshape(delta.shape[0], rows, d)
-    out, normed = kernel.add_rms_norm(residual.reshape(rows, d), flat, weight, eps, ahead)
+    out, normed = kernel.add_rms_norm(residual.reshape(rows, d), flat, weight, eps)
     return out.reshape(residual.shape), normed.reshape(residual.shape)
 
 
-def _forward(
-    eps: float, residual: Array, delta: Array, weight: Array, ahead: ReadNext | None
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    return _by_kernel(eps, residual, delta, weight, ahead), (residual, delta, weight)
+def _forward(eps: float, *arguments: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    return _by_kernel(eps, *arguments), arguments
 
 
 def _backward(
     eps: float, arguments: tuple[Array, ...], cotangents: tuple[Array, Array]
-) -> tuple[Array | None, ...]:
+) -> tuple[Array, ...]:
     _, pull_back = jax.vjp(functools.partial(_reference, eps), *arguments)
-    return *pull_back(cotangents), None
+    return pull_back(cotangents)
 
 
 _by_kernel.defvjp(_forward, _backward)

@@ -19,8 +19,7 @@ from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles
 from qjax.ops.activations import QuantizedActivation, quantize_activation
 from qjax.ops.packed import PackedWeight, pack_for_registers
-from qjax.pallas_kernels import _ahead, w8a8, weight_only_large
-from qjax.pallas_kernels._ahead import ReadNext
+from qjax.pallas_kernels import w8a8, weight_only_large
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array, DType
 
@@ -166,13 +165,6 @@ def takes_codes(w: Any) -> QuantFormat | None:
     return None if fmt is None or not fmt.dynamic or w.perm is not None else fmt
 
 
-def read_next(w: PackedWeight, rows: int) -> ReadNext | None:
-    """What a product with a packed weight reads, for kernels that run before it with few tokens."""
-    if rows > _ahead.MAX_ROWS:
-        return None
-    return ReadNext(w.words, by_columns=isinstance(w, PackedW8A8))
-
-
 def dot(
     x: Array | QuantizedActivation,
     w: PackedWeight,
@@ -204,8 +196,7 @@ def dot(
             flat = jnp.take(flat, w.perm, axis=-1)
         # The same codes as on the XLA backend.
         static = None if _activation(w).dynamic else w.act_scale
-        ahead = read_next(w, flat.shape[0])
-        xq = quantize_activation(flat, _activation(w), static_scale=static, ahead=ahead)
+        xq = quantize_activation(flat, _activation(w), static_scale=static)
     options: dict[str, Any] = {
         "config": config,
         "out_dtype": x.dtype if out_dtype is None else out_dtype,

@@ -19,7 +19,6 @@ from qjax.ops._append import (
     rotate_and_append_unsupported_reason,
 )
 from qjax.ops.kv import append, check_append
-from qjax.pallas_kernels._ahead import ReadNext
 from qjax.typing import Array, ArrayLike, DType
 
 
@@ -117,7 +116,6 @@ def rotate_and_append(
     *,
     projected: Projected | None = None,
     mix: Callable[[Array], Array] | None = None,
-    ahead: ReadNext | None = None,
     backend: str | None = None,
 ) -> tuple[Array, Array, QuantizedKVCache]:
     """Rotate new queries and keys, and store keys and values in one layer, quantized.
@@ -136,7 +134,6 @@ def rotate_and_append(
         kernel reads this in their place.
       mix: Changes rotated queries and keys, of shape and type alike, before keys are stored; for
         formats that have ``mixes_keys``.
-      ahead: What the device reads after attention: see ``add_rms_norm``.
       backend: ``"mosaic_gpu"`` (one token per row, on Hopper), ``"xla"``, or None for the kernel
         where it can run: ``ops._append.rotate_and_append_unsupported_reason``.
 
@@ -172,7 +169,6 @@ def rotate_and_append(
             positions,
             slots,
             valid,
-            ahead,
         )
         return queries.reshape(q.shape), keys, cache
     queries, stored = rotate_heads(q, table), keys

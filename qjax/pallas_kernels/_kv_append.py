@@ -25,8 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from qjax.kv_format import KVFormat
-from qjax.pallas_kernels import _ahead, _kv_append_body, _ptx
-from qjax.pallas_kernels._ahead import ReadNext
+from qjax.pallas_kernels import _kv_append_body, _ptx
 from qjax.pallas_kernels._once import lowered_once
 from qjax.typing import Array
 
@@ -108,11 +107,7 @@ class Sizes:
 
 @lowered_once("sizes")
 def call(
-    sizes: Sizes,
-    inputs: dict[str, Array],
-    state: dict[str, Array],
-    static: Sequence[Array],
-    ahead: ReadNext | None = None,
+    sizes: Sizes, inputs: dict[str, Array], state: dict[str, Array], static: Sequence[Array]
 ) -> tuple[Array | None, dict[str, Array]]:
     """Run the kernel.
 
@@ -125,24 +120,15 @@ def call(
       state: ``keys`` and ``values``, pages as the cache holds them; ``key_scales`` and
         ``value_scales`` if they are stored; ``running`` and ``page_running`` as the format has.
       static: float32 ``[heads]`` for keys and values in mode ``static``, else empty.
-      ahead: What the device reads next; None for nothing. It changes no result.
 
     Returns:
       Queries ``[b, heads * head_dim]`` if there are any, and the new state.
     """
     queries = sizes.queries
     names = (*state, *inputs, *("static_keys", "static_values")[: len(static)])
-    boxes = _ahead.boxes(ahead)
-    total = sum(source.blocks for source in sizes.parts.values())
-    asking = 0 if boxes is None else -(-boxes.count // sizes.rows)
-    asked = _ahead.viewed(ahead, boxes)
-    names = (*names, *("ahead",) * len(asked), *("queries",) * (queries is not None))
+    names = names if queries is None else (*names, "queries")
 
     def kernel(*refs: Any) -> None:
-        if boxes is not None:
-            number = (lax.axis_index("block") - total) * sizes.rows + lax.axis_index("row")
-            mine = (number >= 0) & (number < boxes.count)
-            pl.when(mine)(functools.partial(_ahead.ask, refs[names.index("ahead")], boxes, number))
         first = 0
         for part, source in sizes.parts.items():
             block = lax.axis_index("block")
@@ -174,14 +160,14 @@ def call(
     out = plgpu.kernel(
         kernel,
         out_type=out_type,
-        grid=(total + asking, sizes.rows),
+        grid=(sum(source.blocks for source in sizes.parts.values()), sizes.rows),
         grid_names=("block", "row"),
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
         kernel_name=f"kv_append_{sizes.fmt.name}".replace("-", "_"),
-    )(*held.values(), *inputs.values(), *static, *asked)
+    )(*held.values(), *inputs.values(), *static)
     state = {name: jax.freeze(ref) for name, ref in held.items()}
     return (None if queries is None else out[0]), state
 

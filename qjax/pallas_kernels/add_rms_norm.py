@@ -7,8 +7,12 @@
 
 In decoding every kernel of XLA's three for this (sum and add, mean square, scale) takes longer to
 start than to run. One CTA has one row in registers, with as many warpgroups as find 16 bytes for
-every thread: with few rows the time is that of one load, of one sum over the CTA and of one store.
-Further CTAs ask for what the next kernel reads (``_ahead``), as the memory has nothing else to do.
+every thread: with few rows the time is that of one load, of one sum over the CTA and of one store:
+2.7 us for one row of 4096 and four partial sums on an H200.
+
+What did not help: 192 further CTAs that ask for 12 MB of the next weight (TMA prefetch to the L2
+cache), since the memory is idle meanwhile. Products after it became 0.7 us faster, this kernel
+1.8 us slower.
 """
 
 from __future__ import annotations
@@ -20,8 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from qjax.pallas_kernels import _ahead, _token_codes
-from qjax.pallas_kernels._ahead import ReadNext
+from qjax.pallas_kernels import _token_codes
 from qjax.pallas_kernels._once import lowered_once
 from qjax.typing import Array, DType
 
@@ -65,7 +68,6 @@ def add_rms_norm(
     delta: Array,
     weight: Array,
     eps: float,
-    ahead: ReadNext | None = None,
     *,
     codes: str | None = None,
     blocks: bool = False,
@@ -79,7 +81,6 @@ def add_rms_norm(
         rounded to that type before they are added.
       weight: ``(d,)``, float32 or 16-bit floats.
       eps: Added to the mean square.
-      ahead: What the device reads next; None for nothing. It changes no result.
       codes: Give the normalised rows, rounded to the type of ``residual``, as codes of this type:
         one of ``_token_codes.KINDS``.
       blocks: With ``codes``: a scale for each 128 values of a row, rather than for the row.
@@ -113,9 +114,7 @@ def add_rms_norm(
         view = 4 * count, columns // count // 4
         layout = _token_codes.layout_of_warps(_token_codes.vector(columns // count))
 
-    boxes = None if interpret else _ahead.boxes(ahead)
-
-    def normalise(residual: Any, delta: Any, weight: Any, out: Any, *refs: Any) -> None:
+    def kernel(residual: Any, delta: Any, weight: Any, out: Any, *refs: Any) -> None:
         outs, exchanges = refs[: len(out_types) - 1], refs[len(out_types) - 1 :]
         out_row = lax.axis_index("row")
         row = out_row if codes is None else jnp.minimum(out_row, rows - 1)
@@ -164,9 +163,9 @@ def add_rms_norm(
     exchange = () if alone else _token_codes.exchange(view[0], count)
     names = "add_rms_norm", dtype.name, codes, "blocks" if blocks else None
     run = plgpu.kernel(
-        _ahead.beside(normalise, boxes, rows=grid, operands=3, warpgroups=count),
+        kernel,
         out_type=tuple(out_types),
-        grid=(grid + (0 if boxes is None else boxes.count),),
+        grid=(grid,),
         grid_names=("row",),
         **({"num_threads": count, "thread_name": "warpgroup"} if count > 1 else {}),
         scratch_types=exchange if blocks or codes is None else 2 * exchange,
@@ -177,9 +176,6 @@ def add_rms_norm(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     out, normed, *scales = run(
-        residual.reshape(rows, *view),
-        delta.reshape(splits, rows, *view),
-        weight.reshape(view),
-        *_ahead.viewed(ahead, boxes),
+        residual.reshape(rows, *view), delta.reshape(splits, rows, *view), weight.reshape(view)
     )
     return out.reshape(rows, columns), normed.reshape(grid, columns), *scales

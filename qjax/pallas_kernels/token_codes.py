@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from qjax.pallas_kernels import _ahead, _token_codes
-from qjax.pallas_kernels._ahead import ReadNext
+from qjax.pallas_kernels import _token_codes
 from qjax.pallas_kernels._once import lowered_once
 from qjax.typing import Array, DType
 
@@ -61,19 +60,12 @@ def unsupported_reason(
 
 @lowered_once("kind", "blocks", "gated", "interpret")
 def token_codes(
-    x: Array,
-    ahead: ReadNext | None = None,
-    *,
-    kind: str,
-    blocks: bool = False,
-    gated: bool = False,
-    interpret: bool = False,
+    x: Array, *, kind: str, blocks: bool = False, gated: bool = False, interpret: bool = False
 ) -> tuple[Array, Array]:
     """Codes and scales of every row.
 
     Args:
       x: ``(m, d)``, or ``(m, 2 d)`` if gated: bfloat16 or float16.
-      ahead: What the device reads next; None for nothing. It changes no result.
       kind: Type of the codes, one of ``_token_codes.KINDS``.
       blocks: A scale for each 128 values of a row, rather than for the row.
       gated: Quantize ``silu`` of the left half times the right half, computed in float32 and
@@ -103,7 +95,7 @@ def token_codes(
     else:
         layout = _token_codes.layout_of_warps(_token_codes.vector(columns // count))
 
-    def body(x: Any, codes: Any, scales: Any, *exchange: Any) -> None:
+    def kernel(x: Any, codes: Any, scales: Any, *exchange: Any) -> None:
         row = lax.axis_index("row")
         part = lax.axis_index("warpgroup")
         source = jnp.minimum(row, rows - 1)
@@ -126,15 +118,14 @@ def token_codes(
         _token_codes.store_scales(scale, scales, own, row, codes.shape[0])
 
     padded = _token_codes.padded_rows(rows)
-    boxes = None if interpret else _ahead.boxes(ahead)
     names = "gated" if gated else "token", "codes", x.dtype.name, kind, "blocks" if blocks else ""
     run = plgpu.kernel(
-        _ahead.beside(body, boxes, rows=padded, operands=1, warpgroups=count),
+        kernel,
         out_type=(
             jax.ShapeDtypeStruct((padded, whole, block), jnp.dtype(kind)),
             _token_codes.scales_type(rows, columns, blocks),
         ),
-        grid=(padded + (0 if boxes is None else boxes.count),),
+        grid=(padded,),
         grid_names=("row",),
         num_threads=count,
         thread_name="warpgroup",
@@ -145,5 +136,5 @@ def token_codes(
         kernel_name="_".join(filter(None, names)),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    codes, scales = run(x.reshape(rows, -1, block), *_ahead.viewed(ahead, boxes))
+    codes, scales = run(x.reshape(rows, -1, block))
     return codes.reshape(padded, columns), scales

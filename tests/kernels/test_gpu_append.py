@@ -13,7 +13,6 @@ from qjax.kv_format import KVFormat
 from qjax.ops._append import append_by_kernel, append_unsupported_reason
 from qjax.ops.kv import append
 from qjax.ops.rotary import Projected, rotary_table, rotate_and_append, rotate_heads
-from qjax.pallas_kernels._ahead import ReadNext
 from tests.kernels.attention_problems import PLAIN, QUANTIZED
 
 pytestmark = pytest.mark.gpu
@@ -121,7 +120,6 @@ def test_the_same_as_rotate_and_append(
         for name, size in zip("qkv", sizes, strict=True)
     )
     slots = jnp.asarray(rng.permutation(SLOTS), jnp.int32)
-    read = jnp.asarray(rng.integers(0, 99, (1024, 256)), jnp.int32)
 
     @jax.jit
     def by_kernel(
@@ -134,8 +132,9 @@ def test_the_same_as_rotate_and_append(
         projected = Projected(new, (bias_q, bias_k, bias_v), dtype)
         q, k, v = projected.heads(q_heads, HEADS, dim)
         where = positions, slots, valid
-        options = {"projected": projected, "ahead": ReadNext(read), "backend": "mosaic_gpu"}
-        queries, _, cache = rotate_and_append(cache, 0, q, k, v, table, *where, **options)
+        queries, _, cache = rotate_and_append(
+            cache, 0, q, k, v, table, *where, projected=projected, backend="mosaic_gpu"
+        )
         return queries, cache
 
     # In programs of their own, as XLA may leave out a rounding between two parts of one program.

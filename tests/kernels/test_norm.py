@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,7 @@ import pytest
 from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
 from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.ops.norm import add_rms_norm, add_rms_norm_unsupported_reason, rms_norm
-from qjax.pallas_kernels import _ahead
 from qjax.pallas_kernels import add_rms_norm as kernel
-from qjax.pallas_kernels._ahead import ReadNext
 from tests import tolerances
 from tests.tolerances import relative_error
 
@@ -68,13 +65,6 @@ def test_on_the_gpu(
     out, normed = run(*operands)
     _check(operands, out, normed)
     assert (normed == run(*operands)[1]).all()
-    ahead = jnp.asarray(rng.integers(0, 99, (2048, 1024)), jnp.int8)
-    for by_columns in (False, True):
-        program = jax.jit(
-            lambda r, d, w, a: add_rms_norm(r, d, w, 1e-5, ahead=a, backend="mosaic_gpu")
-        )
-        asked = program(*operands, ReadNext(ahead, by_columns))
-        assert (asked[0] == out).all() and (asked[1] == normed).all()
 
     def loss(backend: str, *arrays: jax.Array) -> jax.Array:
         residual, delta, weight = arrays
@@ -107,29 +97,3 @@ def test_what_the_kernel_does_not_take(rng: np.random.Generator) -> None:
     if mosaic_gpu_unsupported_reason() is not None:
         with pytest.raises(NotImplementedError, match="add_rms_norm: mosaic_gpu cannot run here"):
             add_rms_norm(residual, delta, weight, 1e-5, backend="mosaic_gpu")
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "by_columns", "expected"),
-    [
-        # Packed INT4 words of (4096, 6144), all of them; of a larger weight the first 12 MiB.
-        ((32, 96, 4, 256), "int32", False, _ahead.Boxes((12288, 256), (64, 256), 192, 192)),
-        ((4096, 28672), "bfloat16", False, _ahead.Boxes((458752, 256), (128, 256), 3584, 192)),
-        ((28672, 4096), "int8", True, _ahead.Boxes((28672, 4096), (256, 256), 112, 192)),
-        ((128, 128), "bfloat16", False, None),  # less than a box
-        ((3, 100), "bfloat16", False, None),
-        ((4, 256, 256), "int8", True, None),
-    ],
-)
-def test_what_is_asked_for_ahead(
-    shape: tuple[int, ...], dtype: str, by_columns: bool, expected: _ahead.Boxes | None
-) -> None:
-    array = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    boxes = _ahead.boxes(ReadNext(cast("jax.Array", array), by_columns))
-    assert boxes == expected
-    if boxes is not None:
-        places = {(i % boxes.down, i // boxes.down) for i in range(boxes.count)}
-        assert len(places) == boxes.count
-        for place in places:
-            for at, size, length in zip(place, boxes.box, boxes.view, strict=True):
-                assert (at + 1) * size <= length

@@ -215,16 +215,12 @@ def test_way_through_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = jax.jit(model.apply)({"params": params}, tokens)[0]
     made: list[str] = []
 
-    def normalise(
-        residual: Any, delta: Any, weight: Any, eps: float, fmt: QuantFormat, ahead: Any
-    ) -> Any:
-        assert ahead is None or ahead.by_columns
+    def normalise(residual: Any, delta: Any, weight: Any, eps: float, fmt: QuantFormat) -> Any:
         made.append("norm")
         out, normed = norm_op.add_rms_norm(residual, delta, weight, eps)
         return out, quantize_activation(normed, fmt)
 
-    def gate(pair: jax.Array, fmt: QuantFormat, ahead: Any) -> QuantizedActivation:
-        assert ahead is not None
+    def gate(pair: jax.Array, fmt: QuantFormat) -> QuantizedActivation:
         made.append("gated")
         return quantize_activation(gated_values(pair), fmt)
 
