@@ -235,6 +235,10 @@ def tiny(shared_data: Path) -> tuple[LoadedModel, list[np.ndarray]]:
     return loaded, ids
 
 
+def test_a_destroyed_model_has_an_infinite_perplexity() -> None:
+    assert evaluation.Scores(tokens=2, nll=2e4).perplexity == math.inf
+
+
 @pytest.mark.slow
 def test_perplexity_of_the_656k_model(tiny) -> None:
     loaded, ids = tiny

@@ -47,8 +47,11 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """``exp`` of the mean negative log likelihood."""
-        return math.exp(self.nll / self.tokens)
+        """``exp`` of the mean negative log likelihood; inf beyond the range of floats."""
+        try:
+            return math.exp(self.nll / self.tokens)
+        except OverflowError:  # a model that quantization destroyed
+            return math.inf
 
     def bits_per_byte(self, num_bytes: int) -> float:
         """Code length of the text the tokens spell, which has ``num_bytes`` bytes."""
