@@ -22,10 +22,6 @@ from qjax.pallas_kernels import weight_only, weight_only_large
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array
 
-GATED_MANY_ROWS = False
-"""Whether the kernel for many rows gates its products: compiled, not yet run on hardware
-(``test_gated`` in tests/kernels/test_gpu_large.py)."""
-
 
 def gated_dot(
     x: Array | QuantizedActivation,
@@ -73,9 +69,8 @@ def gated_config(x: Array, w: PackedWeight) -> weight_only.Config | weight_only_
     problem = dataclasses.replace(packed_problem(x, w), gated=True)
     # That of the product alone, which may have been measured.
     config, _ = packed_config(x, w)
-    kernel: Any = weight_only
-    if GATED_MANY_ROWS and isinstance(config, weight_only_large.Config):
-        kernel = weight_only_large
+    large = isinstance(config, weight_only_large.Config)
+    kernel: Any = weight_only_large if large else weight_only
     if (
         not isinstance(config, kernel.Config)
         or kernel.unsupported_reason(problem) is not None

@@ -111,7 +111,7 @@ def scaled_sums(p: Problem) -> bool:
 def max_columns(p: Problem, warpgroups: int = 2) -> int:
     """Tokens of the widest tile: what the registers hold."""
     if scaled_sums(p) and p.compute == "int8":
-        return {2: _MAX_INTEGER_COLUMNS, 3: 112, 4: 64 if p.gated else 80}[warpgroups]
+        return {2: _MAX_INTEGER_COLUMNS, 3: 112, 4: 64}[warpgroups]
     return {2: _MAX_COLUMNS, 3: 160, 4: 80}[warpgroups]
 
 

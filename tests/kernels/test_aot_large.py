@@ -37,7 +37,7 @@ BRANCHES: list[tuple[Problem, Config]] = [
     (Problem(64, 4096, 28672, "int4", 128, False, "bfloat16"), Config(64, 8, 2, 1, 4)),
     (Problem(64, 14336, 4096, "int4", 32, True, "bfloat16"), Config(64, 8, 2, 8, 4)),
     (Problem(128, 4096, 6144, "int4", 32, True, "bfloat16"), Config(160, 5, 1, 1, 3)),
-    (Problem(64, 4096, 28672, "int4", 128, False, "int8"), Config(80, 5, 1, 1, 4)),
+    (Problem(64, 4096, 28672, "int4", 128, False, "int8"), Config(64, 5, 2, 1, 4)),
     (Problem(112, 4096, 6144, "int4", 128, False, "int8"), Config(112, 5, 1, 1, 3)),
     (Problem(100, 4096, 4096, "int8", 128, False, "bfloat16"), Config(104, 8, splits=4)),
     (Problem(4096, 4096, 4096, "float8_e5m2", 128, False, "bfloat16"), Config(160, 5)),

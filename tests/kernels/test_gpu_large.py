@@ -196,9 +196,8 @@ def test_gated_int8(fmt: QuantFormat, config: Config, rng: np.random.Generator) 
 
 
 @pytest.mark.parametrize("m", [33, 64, 100, 515])
-def test_gated_dot(m: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gated_dot(m: int, rng: np.random.Generator) -> None:
     """With the config that is chosen for gate and up of an 8B model."""
-    monkeypatch.setattr("qjax.ops.gated.GATED_MANY_ROWS", True)
     x, w = _alternating(rng, m, 4096, 28672, "int4_g128")
     config = gated_config(x, w)
     print(config)

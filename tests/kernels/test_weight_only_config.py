@@ -109,9 +109,6 @@ def test_gated_products_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     ones = jnp.ones((1024, 28672), jnp.bfloat16)
     w = pack_for_mosaic(qjax.quantize(ones, qjax.INT4_G128), alternating=True)
     x: Any = jax.ShapeDtypeStruct((64, 1024), jnp.bfloat16)
-    monkeypatch.setattr(gated, "GATED_MANY_ROWS", False)
-    assert gated.gated_config(x, w) is None
-    monkeypatch.setattr(gated, "GATED_MANY_ROWS", True)
     assert gated.gated_config(x, w) == packed_config(x, w)[0]
     assert isinstance(gated.gated_config(x, w), large.Config)
     chosen = dataclasses.replace(problem, k=1024)
