@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=128, help="sequences; default: %(default)s")
     add("--seq-len", type=int, default=2048, help="tokens per sequence; default: %(default)s")
     add("--batch-tokens", type=int, default=8192, help="per forward pass; default: %(default)s")
-    add("--sweeps", type=int, default=4, help="of coordinate descent; default: %(default)s")
+    add("--sweeps", type=int, help=f"of coordinate descent; default: {Settings.sweeps}")
     add("--no-correction", action="store_true", help="do not aim at the original model's outputs")
     add("--no-sequential", action="store_true", help="one statistics pass per block")
     add("--vocab-size", type=int, default=4096, help="default: %(default)s")
@@ -127,13 +127,16 @@ def check(args: argparse.Namespace) -> Settings:
         raise ValueError("--time-limit 0 leaves no time; give more, or leave it out")
     if args.work_dir is not None and not args.work_dir.is_dir():
         raise ValueError(f"--work-dir {args.work_dir} is no folder")
-    return Settings(
+    settings = Settings(
         fmt,
         args.method,
-        sweeps=args.sweeps,
+        sweeps=Settings.sweeps if args.sweeps is None else args.sweeps,
         sequential=not args.no_sequential,
         correction=None if args.no_correction else 0.1,
     )
+    if args.sweeps is not None and settings.rounding not in ("gptq", "learned"):
+        raise ValueError(f"--sweeps {args.sweeps} has no use with --method {args.method}")
+    return settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

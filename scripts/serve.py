@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -461,7 +462,7 @@ def note(args: argparse.Namespace, line: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit code: 0, 2 for an error, 130 after Ctrl-C."""
+    """Run; returns the exit code: 0, 2 for an error, 130 after Ctrl-C, 141 if nobody reads."""
     args = build_parser().parse_args(argv)
     if args.info:
         return info.main()
@@ -473,6 +474,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("serve.py: interrupted before anything was generated", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read the results, such as `head`, has had enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         return fail(args, f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (ValueError, NotImplementedError, FloatingPointError) as error:

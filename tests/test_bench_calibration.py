@@ -40,6 +40,7 @@ def test_a_small_run_tells_where_the_time_goes(
         ("--samples 0", "--samples 0 must be at least 1"),
         ("--batch-tokens 0", "--batch-tokens 0 must be at least 1"),
         ("--sweeps -1", "sweeps=-1 must not be negative"),
+        ("--sweeps 2 --method rtn", "--sweeps 2 has no use with --method rtn"),
         ("--time-limit 0", "--time-limit 0 leaves no time"),
         ("--work-dir /no/such/place", "--work-dir /no/such/place is no folder"),
         ("--output /no/such/figures.json", "no such folder"),

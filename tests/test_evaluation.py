@@ -217,6 +217,9 @@ def test_report_leaves_empty_columns_out(tmp_path: Path) -> None:
     lines = paths[1].read_text().splitlines()
     assert lines[0] == "# Sizes" and lines[2] == "| weights | KV cache | weights, MB |"
     assert lines[-1] == "| int4 | bf16 | 0.50 |"
+    report.write_report([{**rows[0], "kl": float("inf")}], tmp_path, "Infinite")
+    assert json.loads(paths[0].read_text())[0]["kl"] is None
+    assert "inf" in paths[1].read_text()
 
 
 # The real models.

@@ -375,3 +375,23 @@ def test_ctrl_c_in_another_process(model, tmp_path):
     assert process.returncode == 130, error
     assert "of 400 results are in" in error and "Traceback" not in error
     assert len(read_lines(partial)) > 4 and not output.exists()
+
+
+@pytest.mark.slow
+def test_nobody_reads_the_results(model):
+    script = ROOT / "scripts" / "serve.py"
+    flags = ["--model", model, "--prompt", "the cat", "--max-new-tokens", "2", "--quiet"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, *map(str, (script, *flags))],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    os.close(writer)
+    assert done.returncode == 141, done.stderr
+    assert "Broken pipe" not in done.stderr and "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,21 @@ def _cell(value: Any, form: str) -> str:
     return form.format(value)
 
 
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_report(rows: Sequence[Row], directory: str | Path, title: str) -> list[Path]:
     """Writes ``results.json``, ``results.md`` and, where matplotlib is installed, ``results.png``.
 
     Returns:
-      The files written.
+      The files written. In ``results.json`` a number that is not finite is null.
     """
     directory = Path(directory)
     paths = [directory / "results.json", directory / "results.md"]
-    write_text_atomic(paths[0], json.dumps(list(rows), indent=2) + "\n")
+    # JSON has no infinity, which is the perplexity of a model that a format destroyed.
+    finite = [{key: _finite(value) for key, value in row.items()} for row in rows]
+    write_text_atomic(paths[0], json.dumps(finite, indent=2, allow_nan=False) + "\n")
     write_text_atomic(paths[1], f"# {title}\n\n{markdown_table(rows)}")
     picture = directory / "results.png"
     if any(row.get("perplexity") is not None for row in rows) and _plot(rows, picture):

@@ -179,10 +179,14 @@ def pack_for_mosaic(
       The packed weight, of the same logical shape.
 
     Raises:
-      ValueError: If ``compute`` is unknown, or a weight for 8-bit activations or of which ``n`` is
-        no multiple of 128 should alternate.
+      ValueError: If ``w`` is not quantized, ``compute`` is unknown, or a weight for 8-bit
+        activations or of which ``n`` is no multiple of 128 should alternate.
       NotImplementedError: If there is no kernel for the weight; says why.
     """
+    if not isinstance(w, QuantizedArray):
+        raise ValueError(
+            f"pack_for_mosaic packs a QuantizedArray, not a {type(w).__name__}; quantize it first"
+        )
     if compute is None:
         compute = "float16" if w.dtype == jnp.float16 else "bfloat16"
     if compute not in _codes.COMPUTE_DTYPES:

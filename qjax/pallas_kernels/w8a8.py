@@ -333,6 +333,8 @@ def heuristic_config(p: Problem) -> Config:
 def search_space(p: Problem) -> list[Config]:
     """Configs worth timing for a problem, for an autotuner: the model's best first."""
     found = sorted(_candidates(p), key=lambda config: estimate_seconds(config, p))
+    if p.m <= 64:  # one stripe
+        return found[:40]
     others = [dataclasses.replace(config, raster=r) for config in found[:2] for r in (4, 16)]
     return found[:4] + others + found[4:40]
 

@@ -78,6 +78,7 @@ def create_app(
         Route("/v1/completions", guarded(server.completions), methods=["POST"]),
         Route("/v1/chat/completions", guarded(server.chat_completions), methods=["POST"]),
         Route("/v1/models", guarded(server.models)),
+        Route("/v1/models/{name:path}", guarded(server.models)),
         Route("/health", server.health),
         Route("/metrics", server.metrics),
     ]
@@ -163,7 +164,7 @@ class _Server:
     async def chat_completions(self, request: Request) -> Any:
         return await self._answer(request, chat=True)
 
-    async def models(self, _: Request) -> Response:
+    async def models(self, request: Request) -> Response:
         model = {
             "id": self.settings.model,
             "object": "model",
@@ -171,7 +172,12 @@ class _Server:
             "owned_by": "qjax",
             "max_model_len": self.settings.max_model_len,
         }
-        return JSONResponse({"object": "list", "data": [model]})
+        name = request.path_params.get("name")
+        if name is None:
+            return JSONResponse({"object": "list", "data": [model]})
+        if name != self.settings.model:
+            raise APIError(f"there is no model {name!r}; this is {model['id']!r}", status=404)
+        return JSONResponse(model)
 
     async def health(self, _: Request) -> Response:
         if self.thread.failure is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,14 @@ def test_halves_by_turns(name: str, rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(packed.column[here], plain.column[there])
         if packed.scales is not None and plain.scales is not None:
             np.testing.assert_array_equal(packed.scales[..., here], plain.scales[..., there])
+
+
+def test_a_plain_array_is_refused() -> None:
+    plain: Any = np.ones((128, 128), np.float32)
+    with pytest.raises(
+        ValueError, match="packs a QuantizedArray, not a ndarray; quantize it first"
+    ):
+        pack_for_mosaic(plain)
 
 
 def test_what_cannot_alternate_says_why(rng: np.random.Generator) -> None:
