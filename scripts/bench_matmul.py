@@ -350,9 +350,9 @@ def check(args: argparse.Namespace) -> None:
     if (args.search or args.every) and "mosaic_gpu" not in args.backends.split(","):
         flag = "--search" if args.search else "--every"
         raise ValueError(f"{flag} is about configs of kernels; add mosaic_gpu to --backends")
+    check_files_and_limits(args)
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'qjax[plot]'")
-    check_files_and_limits(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
