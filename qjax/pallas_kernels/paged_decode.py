@@ -203,6 +203,9 @@ def search_space(p: Problem) -> list[Config]:
     # One wave of one to four blocks per multiprocessor.
     waves = (n * _SM_COUNT // (p.batch * p.kv_heads) for n in range(1, _BLOCKS_PER_SM + 1))
     splits |= {s for s in waves if 1 <= s <= 256}
+    # One or two tiles for each block: what a short context might want.
+    tiles = -(-p.page_size * p.pages_per_seq // first.tokens)
+    splits |= {s for s in (tiles, -(-tiles // 2)) if s <= 64}
     configs = [
         Config(tokens, stages, s)
         for tokens in (64, 128)
