@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +42,7 @@ from qjax.serving.kv_scales import (
     scales_for_run,
 )
 from qjax.serving.offline import Job, prepare, run
-from qjax.serving.printer import Printer
+from qjax.serving.printer import Printer, hang_up
 from qjax.serving.prompts import gather_prompts
 from qjax.serving.report import Summary
 from qjax.serving.results import Result, ResultFile, checkpoint_fingerprint, fingerprint
@@ -475,9 +474,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("serve.py: interrupted before anything was generated", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the results, such as `head`, has had enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return hang_up()
     except OSError as error:
         return fail(args, f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (ValueError, NotImplementedError, FloatingPointError) as error:
@@ -485,11 +482,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return fail(
-            args,
-            "the device's memory is too small; lower --max-running-requests, --max-model-len or "
-            f"--max-total-tokens, or quantize ({str(error).splitlines()[0][:200]})",
-        )
+        cause = str(error).splitlines()[0][:200]
+        hint = "lower --max-running-requests, --max-model-len or --max-total-tokens, or quantize"
+        return fail(args, f"the device's memory is too small; {hint} ({cause})")
     return 0
 
 

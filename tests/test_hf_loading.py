@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import pathlib
 import subprocess
 import sys
@@ -320,11 +321,13 @@ def test_peak_memory_is_the_quantized_model_and_one_tensor(tmp_path: pathlib.Pat
         write(tmp_path / name, tensors, config)
     command = [sys.executable, "-c", _MEASURE, str(tmp_path / "small"), str(tmp_path / "large")]
     root = pathlib.Path(qjax.__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    # Else each thread's allocator keeps what its strips took: 13 to 55 MB more.
+    one_allocator = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=root, env=one_allocator
+    )
     grown, quantized = map(int, done.stdout.split())
     file_size = (tmp_path / "large" / "model.safetensors").stat().st_size
     one_tensor = 512 * 2048 * 4  # as float32, on its way through the quantizer
-    # Measured: 13 to 41 MB above the quantized size of 45 MB, whatever the size of the model: each
-    # thread has an allocator that keeps what its strips took (3 MB with MALLOC_ARENA_MAX=1). The
-    # file has 160 MB.
-    assert grown < quantized + 12 * one_tensor < 0.65 * file_size
+    # Measured: 3 MB above the quantized size of 45 MB; the file has 160 MB.
+    assert grown < quantized + 6 * one_tensor < 0.5 * file_size

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
 from tqdm import tqdm
 
 from qjax.serving.results import Result
@@ -45,3 +49,12 @@ class Printer:
     def _print(self, index: int, result: Result) -> None:
         head = f"--- {index + 1}/{self.count}: {len(result.token_ids)} tokens"
         tqdm.write(f"{head}, {result.finish_reason}\n{result.prompt}{result.text}")
+
+
+def hang_up() -> int:
+    """Exit code for when whoever reads the results, such as ``head``, has had enough.
+
+    Nothing more is written to standard output, not even what waits for it until the exit.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
