@@ -329,5 +329,5 @@ def test_peak_memory_is_the_quantized_model_and_one_tensor(tmp_path: pathlib.Pat
     grown, quantized = map(int, done.stdout.split())
     file_size = (tmp_path / "large" / "model.safetensors").stat().st_size
     one_tensor = 512 * 2048 * 4  # as float32, on its way through the quantizer
-    # Measured: 3 MB above the quantized size of 45 MB; the file has 160 MB.
-    assert grown < quantized + 6 * one_tensor < 0.5 * file_size
+    # Measured: up to 16 MB above the quantized size of 45 MB; the file has 160 MB.
+    assert grown < quantized + 8 * one_tensor < 0.5 * file_size
