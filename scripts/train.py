@@ -352,5 +352,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt as error:
         print(f"train.py: {error or 'interrupted; the last checkpoint stays'}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -40,12 +40,7 @@ def add_rms_norm_unsupported_reason(residual: Array) -> str | None:
 
 
 def add_rms_norm(
-    residual: Array,
-    delta: Array,
-    weight: Array,
-    eps: float,
-    *,
-    backend: str | None = None,
+    residual: Array, delta: Array, weight: Array, eps: float, *, backend: str | None = None
 ) -> tuple[Array, Array]:
     """Add to the residual stream and normalise it.
 
@@ -85,11 +80,7 @@ def add_rms_norm_codes_unsupported_reason(residual: Array, fmt: QuantFormat) -> 
 
 
 def add_rms_norm_codes(
-    residual: Array,
-    delta: Array,
-    weight: Array,
-    eps: float,
-    fmt: QuantFormat,
+    residual: Array, delta: Array, weight: Array, eps: float, fmt: QuantFormat
 ) -> tuple[Array, QuantizedActivation]:
     """``add_rms_norm`` by the kernel, for products with 8-bit activations.
 

@@ -56,10 +56,8 @@ def unsupported_reason(
 
 def warpgroups(columns: int) -> int:
     """Warpgroups for a row: each of their threads loads 8 values at a time, at best once."""
-    counts = [count for count in range(1, 9) if columns % (count * _VALUES) == 0]
-    if columns <= _COLUMNS:
-        return max(counts, default=1)
-    return max((count for count in counts if count > 1), default=2)
+    least = 1 if columns <= _COLUMNS else 2
+    return max((n for n in range(least, 9) if columns % (n * _VALUES) == 0), default=least)
 
 
 @lowered_once("eps", "codes", "blocks", "interpret")

@@ -5,11 +5,12 @@
   {"device": "NVIDIA H200", "jax": "0.11.2",
    "entries": [{"kernel": "w8a8", "problem": {...}, "config": {...}, "us": 12.3}, ...]}
 
-where ``problem`` and ``config`` hold the fields of the kernel's own dataclasses. A product takes
-the config of an entry that differs from it in nothing but the number of rows (and the type of the
-result), if the numbers are near (``choose``); if several kernels have one, the fastest. For all
-else, such as layers of another shape, the kernels' heuristics decide: what is best for one shape
-may not even divide another.
+where ``problem`` and ``config`` hold the fields of the kernel's own dataclasses, and ``us`` counts
+what reading the parts of a split contraction costs the next kernel (``evaluation.tuning``). A
+product takes the config of an entry that differs from it in nothing but the number of rows (and the
+type of the result), if the numbers are near (``choose``); if several kernels have one, the fastest.
+For all else, such as layers of another shape, the kernels' heuristics decide: what is best for one
+shape may not even divide another.
 """
 
 from __future__ import annotations
