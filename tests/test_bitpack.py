@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -52,6 +53,36 @@ def test_all_words_survive():
     for bits in bitpack.BITS:
         codes = bitpack.unpack(words, bits, size=105 * 32 // bits, axis=0)
         np.testing.assert_array_equal(bitpack.pack(codes, bits, axis=0), words)
+
+
+@pytest.mark.parametrize("bits", bitpack.BITS)
+def test_signed_codes_of_any_type(bits):
+    half = 2 ** (bits - 1)
+    wide = np.arange(-half, half, dtype=np.int8)
+    expected = np.arange(2**bits)
+    for codes in (wide, wide.astype(ml_dtypes.int4)) if bits <= 4 else (wide,):
+        for view in (codes, np.repeat(codes, 3)[::3]):
+            np.testing.assert_array_equal(bitpack.to_unsigned(view, bits), expected)
+    few = np.arange(-8, 8, dtype=np.int8)
+    shifted = bitpack.to_unsigned(few.astype(ml_dtypes.int4), bits)
+    np.testing.assert_array_equal(shifted, (few.astype(np.int64) + half).astype(np.uint8))
+    if bits < 4:
+        with pytest.raises(ValueError, match="do not fit"):
+            bitpack.pack(shifted, bits, axis=0)
+
+
+@pytest.mark.parametrize("bits", bitpack.BITS)
+@pytest.mark.parametrize("k", [1, 127, 128, 257])
+def test_columns_are_packed_in_strips(bits, k):
+    codes = np.random.default_rng(k).integers(0, 2**bits, (k, 3)).astype(np.uint8)
+    for dtype in (np.int32, np.uint8):
+        expected = bitpack.pack(codes, bits, axis=0, dtype=dtype).T
+        words = bitpack.pack_columns(codes, bits, signed=False, dtype=dtype)
+        assert words.dtype == dtype and words.flags.c_contiguous
+        np.testing.assert_array_equal(words, expected)
+        signed = bitpack.to_signed(codes.copy(), bits)
+        words = bitpack.pack_columns(signed, bits, signed=True, dtype=dtype)
+        np.testing.assert_array_equal(words, expected)
 
 
 def test_a_read_only_view_can_be_unpacked():

@@ -199,6 +199,27 @@ def test_tensors_must_be_as_planned(tmp_path):
         write([Source({"a": spec}, dict), Source({"a": spec}, dict)])
 
 
+def test_what_a_thread_could_not_make_is_told(tmp_path):
+    spec = TensorSpec(np.dtype(np.int32), (3,))
+
+    def make(i):
+        if i == 7:
+            raise ValueError("no room for tensor 7")
+        return {str(i): np.full(3, i, np.int32)}
+
+    def sources(count):
+        return [Source({str(i): spec}, functools.partial(make, i)) for i in range(count)]
+
+    written = []
+    write = functools.partial(write_tensors, tmp_path, advance=lambda: written.append(1))
+    with pytest.raises(ValueError, match="no room for tensor 7"):
+        write(sources(9), max_shard_bytes=24)
+    assert len(written) == 7
+    write(sources(6), max_shard_bytes=24)
+    found = SafetensorsCheckpoint(tmp_path)
+    assert [found[str(i)].tolist() for i in range(6)] == [[i] * 3 for i in range(6)]
+
+
 @pytest.mark.parametrize("name", ["gptq-b4-g128-sym", "gptq-b8-g128-sym", "awq-b4-g128-asym"])
 def test_published_checkpoints(shared_data, tmp_path, name):
     """Made by AutoRound; reference logits of an independent unpacker."""

@@ -14,7 +14,8 @@ class PhaseClock:
     """Wall-clock seconds by phase and by block.
 
     Device work is asynchronous: a phase says what it made with ``wait``, so that its time is its
-    own.
+    own. What a block takes outside its phases is the phase "other", so that the phases of a block
+    add up to its time.
 
     Attributes:
       seconds: Seconds by phase, over the whole run.
@@ -40,8 +41,12 @@ class PhaseClock:
         """Phases inside the ``with`` block are those of one block of the model."""
         self.blocks.append({})
         self._in_block = True
+        started = time.perf_counter()
         yield
+        other = time.perf_counter() - started - sum(self.blocks[-1].values())
         self._in_block = False
+        for table in (self.seconds, self.blocks[-1]):
+            table["other"] = table.get("other", 0.0) + other
 
     @staticmethod
     def wait(value: Any) -> Any:

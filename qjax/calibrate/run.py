@@ -2,8 +2,9 @@
 
 One block at a time is read, quantized and stored; the calibration activations are then run through
 the quantized block, so that the next one is calibrated on what it will really see. In memory are
-one block and the activations, whatever the size of the model. A run that was killed goes on behind
-the last finished block and ends with the same bytes.
+one block and the activations, whatever the size of the model, and for a moment the block before,
+which a thread stores. A run that was killed goes on behind the last stored block and ends with the
+same bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from qjax.calibrate.plan import block_sensitivities, plan_formats
 from qjax.calibrate.report import Report, mean_ratio
 from qjax.calibrate.settings import DEFAULT_RULE, Settings
 from qjax.calibrate.source import EMBEDDING, HEAD, NORM, ModelSource, insert
-from qjax.calibrate.store import BlockStore, fingerprint, to_device
+from qjax.calibrate.store import BlockStore, BlockWriter, fingerprint, to_device
 from qjax.calibration.stats import init_hessian, output_error, update_hessian
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.export import EXPORT_FORMATS, save_model
@@ -102,7 +103,7 @@ def calibrate_checkpoint(
             save_native(finished, run.config, to_device(params), **common)
         else:
             save_model(finished, run.config, params, export, progress=progress, **common)
-        report.write(finished)
+    report.write(finished)
     if output.exists():
         # Two renames: a kill leaves the old folder or the new one, here or among the work.
         output.rename(work / "replaced")
@@ -258,60 +259,75 @@ class _Run:
           scales if asked for.
         """
         batches = self.embed() if self.samples is not None else []
-        pieces: dict[str, Any] = {}
-        layers: list[LayerResult] = []
-        learned: list[Any] = []
+        names: dict[str, str] = {}
         keys, values = [], []
         label = f"{self.settings.method} {self.folder.name}"
-        with tqdm(
-            total=self.config.num_layers, desc=label, disable=not progress, unit="block"
-        ) as bar:
-            for index in range(self.config.num_layers):
-                name = f"model/layers_{index}"
+        blocks = range(self.config.num_layers)
+        with (
+            BlockWriter(store) as writer,
+            tqdm(total=len(blocks), desc=label, disable=not progress, unit="block") as bar,
+        ):
+            for index in blocks:
+                path = f"model/layers_{index}"
+                names[path] = f"block-{index:05d}"
                 with self.clock.block():
                     original = self.block_params(index)
                     make = functools.partial(
-                        self.quantize_block, index, f"{name}/", original, batches
+                        self.quantize_block, index, f"{path}/", original, batches
                     )
-                    params, record = self.piece(store, f"block-{index:05d}", f"{name}/", make)
-                    layers += [LayerResult(**x) for x in record["layers"]]
-                    learned.append(record["learned"])
-                    pieces[name] = params
+                    params, layers = self.piece(writer, store, names[path], path, make)
                     if batches:
-                        batches, top = self.advance(index, to_device(params), original, batches)
+                        batches, top = self.advance(index, params, original, batches)
                         keys.append(top[0])
                         values.append(top[1])
-                ratio = mean_ratio(layers[-7:])
+                ratio = mean_ratio(layers)
                 bar.set_postfix_str("" if ratio is None else f"error {ratio:.2f} of RTN")
                 bar.update()
-        if self.formats.get(HEAD) is not None:
-            params, record = self.piece(
-                store, "lm_head", "lm_head/", lambda: self.quantize_head(batches)
-            )
-            layers += [LayerResult(**x) for x in record["layers"]]
-            pieces["lm_head"] = params
-        return pieces, layers, learned, self.kv_scales(keys, values)
+            if self.formats.get(HEAD) is not None:
+                names["lm_head"] = "lm_head"
+                make = functools.partial(self.quantize_head, batches)
+                self.piece(writer, store, "lm_head", "lm_head", make)
+        # All of it as it was stored, so that a resumed run has the same.
+        pieces: dict[str, Any] = {}
+        results: list[LayerResult] = []
+        learned: list[Any] = []
+        for path, name in names.items():
+            pieces[path], record = self.stored(store, name, path)
+            results += [LayerResult(**x) for x in record["layers"]]
+            if path != "lm_head":
+                learned.append(record["learned"])
+        return pieces, results, learned, self.kv_scales(keys, values)
 
     def piece(
         self,
+        writer: BlockWriter,
         store: BlockStore,
         name: str,
-        prefix: str,
+        path: str,
         make: Callable[[], BlockQuantized],
+    ) -> tuple[Any, list[LayerResult]]:
+        """A piece on the device: made, which begins to store it, or stored by an earlier run.
+
+        What comes back from the store equals what was made, so the blocks behind it do not depend
+        on which it was.
+        """
+        if store.has(name):
+            params, record = self.stored(store, name, path)
+            return to_device(params), [LayerResult(**x) for x in record["layers"]]
+        made = make()
+        record = {"layers": [dataclasses.asdict(x) for x in made.layers], "learned": made.learned}
+        with self.clock.phase("storing"):
+            writer.save(name, made.params, record)
+        return made.params, made.layers
+
+    def stored(
+        self, store: BlockStore, name: str, path: str
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A finished piece; always read back, so that a resumed run sees the same arrays."""
-        if not store.has(name):
-            made = make()
-            record = {
-                "layers": [dataclasses.asdict(x) for x in made.layers],
-                "learned": made.learned,
-            }
-            with self.clock.phase("storing"):
-                store.save(name, made.params, record)
+        """A stored piece and its record; host arrays."""
         formats = {
-            path.removeprefix(prefix): fmt
-            for path, fmt in self.formats.items()
-            if path.startswith(prefix)
+            leaf.removeprefix(f"{path}/"): fmt
+            for leaf, fmt in self.formats.items()
+            if leaf.startswith(f"{path}/")
         }
         return store.load(name, formats, self.dtype)
 

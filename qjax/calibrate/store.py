@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -107,6 +109,55 @@ class BlockStore:
                 node = node.setdefault(parent, {})
             node[last] = _from_disk(parts, formats.get(path), dtype)
         return params, read_json(folder / "record.json")
+
+
+class BlockWriter:
+    """Saves pieces of a store in a thread, so that the device can work on the next one meanwhile.
+
+    At most one piece is being written, and none waits. To be used as a context manager: at its end
+    everything is on disk and no thread is left. If the block raises, what was begun is still
+    finished, so that a further run need not make it again.
+
+    Args:
+      store: Where to.
+    """
+
+    def __init__(self, store: BlockStore):
+        self._store = store
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="qjax-store")
+        self._begun: Future[None] | None = None
+
+    def save(self, name: str, params: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        """Begin to write a piece, arguments as of ``BlockStore.save``.
+
+        Raises:
+          Exception: What went wrong with the piece before; this one is not begun then.
+        """
+        self.finish()
+        self._begun = self._pool.submit(self._store.save, name, params, record)
+
+    def finish(self) -> None:
+        """Wait until everything is on disk; raises what went wrong."""
+        if self._begun is not None:
+            self._begun.result()
+            self._begun = None
+
+    def __enter__(self) -> BlockWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        if error is None:
+            self.finish()
+            return
+        failure = None if self._begun is None else self._begun.exception()
+        if failure is not None and failure is not error:
+            error.add_note(f"The block before could not be stored either: {failure!r}")
 
 
 def _parts(value: Any) -> dict[str, Any]:

@@ -17,6 +17,9 @@ import ml_dtypes
 import numpy as np
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
+_STRIP = 128
+"""Rows packed at a time: what is made on the way then stays in the cache. Any number of codes that
+fills whole words divides it."""
 
 
 def packed_size(size: int, bits: int, word_bits: int = 32) -> int:
@@ -110,6 +113,34 @@ def pack(codes: np.ndarray, bits: int, *, axis: int, dtype: type = np.int32) -> 
     return np.ascontiguousarray(used).view(dtype)
 
 
+def pack_columns(
+    codes: np.ndarray, bits: int, *, signed: bool, dtype: type = np.int32
+) -> np.ndarray:
+    """``pack`` a matrix along its first axis and transpose; several times as fast as in two steps.
+
+    Args:
+      codes: ``(k, n)``: as for ``pack``, or as for ``to_unsigned``.
+      bits: Bits per code: 2 to 8.
+      signed: Whether ``to_unsigned`` comes first.
+      dtype: Word type of the result.
+
+    Returns:
+      Words in ``dtype``, ``(n, packed_size(k, bits))``, contiguous; unused bits are zero.
+
+    Raises:
+      ValueError: If a code is out of range.
+    """
+    k, n = codes.shape
+    width = np.dtype(dtype).itemsize * 8
+    words = np.empty((n, packed_size(k, bits, width)), dtype)
+    for begin in range(0, k, _STRIP):
+        strip = codes[begin : begin + _STRIP]
+        part = pack(to_unsigned(strip, bits) if signed else strip, bits, axis=0, dtype=dtype)
+        place = begin * bits // width
+        words[:, place : place + len(part)] = part.T
+    return words
+
+
 def to_signed(codes: np.ndarray, bits: int) -> np.ndarray:
     """Move unsigned codes down by ``2**(bits-1)``, as ``QuantizedArray`` holds them.
 
@@ -127,8 +158,15 @@ def to_signed(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def to_unsigned(codes: np.ndarray, bits: int) -> np.ndarray:
     """Move signed codes (int4 or int8) up by ``2**(bits-1)``; uint8, which ``pack`` checks."""
-    shifted = codes.astype(np.int8).view(np.uint8)
-    return shifted + np.uint8(2 ** (bits - 1))
+    if codes.dtype != ml_dtypes.int4 or bits > 4:
+        return codes.astype(np.int8).view(np.uint8) + np.uint8(2 ** (bits - 1))
+    # Not by ml_dtypes' conversion, which is slow. Of an int4's byte the lower half counts, in which
+    # flipping the sign adds 8.
+    shifted = codes.view(np.uint8) & np.uint8(15)
+    shifted ^= np.uint8(8)
+    if bits < 4:
+        shifted -= np.uint8(8 - 2 ** (bits - 1))
+    return shifted
 
 
 def _unsigned(dtype: np.dtype) -> np.dtype:

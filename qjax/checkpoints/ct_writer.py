@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qjax.checkpoints.bitpack import pack, packed_size, to_unsigned
+from qjax.checkpoints.bitpack import pack, pack_columns, packed_size, to_unsigned
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.reader import KVScales
 from qjax.checkpoints.scales import tile_counts
@@ -172,7 +172,7 @@ def pack_layer(q: QuantizedArray, divisor: np.ndarray | None = None) -> dict[str
       ``weight_packed`` or ``weight``, ``weight_scale`` and what else the format has.
     """
     fmt, (k, n) = q.fmt, q.shape
-    codes = np.asarray(q.qvalue)  # (K, N): words are transposed, not codes
+    codes = np.asarray(q.qvalue)  # (K, N)
     scale = np.ascontiguousarray(np.asarray(q.scale).T)
     storage = storage_format(fmt)
     tensors: dict[str, np.ndarray] = {}
@@ -185,12 +185,11 @@ def pack_layer(q: QuantizedArray, divisor: np.ndarray | None = None) -> dict[str
         g_idx[perm] = np.arange(k, dtype=np.int32) // (fmt.group_size or k)
         tensors["weight_g_idx"] = g_idx
     if storage == "pack-quantized":
-        words = pack(to_unsigned(codes, fmt.bits), fmt.bits, axis=0)
-        tensors["weight_packed"] = np.ascontiguousarray(words.T)
+        tensors["weight_packed"] = pack_columns(codes, fmt.bits, signed=True)
         tensors["weight_shape"] = np.array([n, k], np.int64)
     elif fmt.bits == 4 and fmt.is_float:
-        words = pack(codes.view(np.uint8), 4, axis=0, dtype=np.uint8)
-        tensors["weight_packed"] = np.ascontiguousarray(words.T)
+        nibbles = codes.view(np.uint8)
+        tensors["weight_packed"] = pack_columns(nibbles, 4, signed=False, dtype=np.uint8)
     else:
         plain = codes.astype(np.int8) if fmt.is_int else codes
         tensors["weight"] = np.ascontiguousarray(plain.T)

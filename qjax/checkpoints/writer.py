@@ -2,7 +2,8 @@
 
 Order of work: everything that can be refused is refused first (the format's writer is built from
 all layers, every tensor gets a place in a shard); then a temporary folder beside the target is
-filled, one layer in memory at a time; then it is renamed. A reader sees no folder or a whole one.
+filled, with few layers in memory at a time; then it is renamed. A reader sees no folder or a whole
+one.
 
 A format takes part by a ``QuantizedWriter``; ``qjax.checkpoints.export`` holds the list of them.
 """
@@ -24,10 +25,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from qjax.checkpoints.errors import CheckpointError
+from qjax.checkpoints.pipeline import Workers
 from qjax.checkpoints.reader import KVScales
 from qjax.checkpoints.safetensors_io import DTYPES, INDEX_FILE, SINGLE_FILE
 from qjax.quantized_array import QuantizedArray
 
+_MOST_BYTES = 2**30
+"""Of tensors which are being made or wait to be written."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # Copied from the source folder where they exist.
@@ -106,10 +110,17 @@ WriterFactory = Callable[[Linears], QuantizedWriter]
 
 @dataclass(frozen=True)
 class Source:
-    """One piece of the model: the tensors it becomes, and the function which makes them."""
+    """One piece of the model: the tensors it becomes, and the function which makes them.
+
+    Any thread may call the function, beside those of other pieces.
+    """
 
     specs: Mapping[str, TensorSpec]
     make: Callable[[], Mapping[str, np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs.values())
 
 
 @contextmanager
@@ -155,7 +166,7 @@ def write_tensors(
 
     Args:
       folder: Existing folder.
-      sources: Pieces of the model; made one at a time, in this order.
+      sources: Pieces of the model; made a few at a time, written in this order.
       max_shard_bytes: Begin a new shard before one grows beyond this (a single tensor may).
       advance: Called after each piece.
 
@@ -178,21 +189,32 @@ def write_tensors(
     for name, shard in zip(names, shards, strict=True):
         for tensor, offset in _begin_shard(folder / name, shard).items():
             places[tensor] = (name, offset, shard[tensor])
-    for source in sources:
-        made = source.make()
-        if made.keys() != source.specs.keys():
-            raise CheckpointError(f"planned {sorted(source.specs)}, made {sorted(made)}")
-        for tensor, array in made.items():
-            name, offset, spec = places[tensor]
-            if array.dtype != spec.dtype or array.shape != spec.shape:
-                raise CheckpointError(
-                    f"{tensor} was planned as {spec}, but is {array.dtype} {array.shape}"
-                )
-            if array.size:
-                with (folder / name).open("r+b") as f:
-                    f.seek(offset)
-                    f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        advance()
+    with Workers() as workers:
+        every = workers.in_order(sources, lambda x: x.make(), lambda x: x.nbytes, _MOST_BYTES)
+        for source, made in zip(sources, every, strict=True):
+            _write(folder, source, made, places)
+            del made  # else it would be held while the next is awaited
+            advance()
+
+
+def _write(
+    folder: Path,
+    source: Source,
+    made: Mapping[str, np.ndarray],
+    places: Mapping[str, tuple[str, int, TensorSpec]],
+) -> None:
+    if made.keys() != source.specs.keys():
+        raise CheckpointError(f"planned {sorted(source.specs)}, made {sorted(made)}")
+    for tensor, array in made.items():
+        name, offset, spec = places[tensor]
+        if array.dtype != spec.dtype or array.shape != spec.shape:
+            raise CheckpointError(
+                f"{tensor} was planned as {spec}, but is {array.dtype} {array.shape}"
+            )
+        if array.size:
+            with (folder / name).open("r+b") as f:
+                f.seek(offset)
+                f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def copy_companions(source: Path, folder: Path) -> None:
