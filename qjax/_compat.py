@@ -42,9 +42,8 @@ def cudnn_attention(
     kv_lengths: jax.Array,
     *,
     scale: float,
-    causal: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """cuDNN's flash attention with its log-sum-exp in float32.
+    """cuDNN's flash attention with its log-sum-exp in float32. Every query sees every key.
 
     The public ``jax.nn.dot_product_attention`` rounds the log-sum-exp to 16 bits, too coarse to
     merge parts of a softmax by.
@@ -53,10 +52,9 @@ def cudnn_attention(
       q: ``[b, t, q_heads, head_dim]``, bfloat16 or float16.
       k: ``[b, s, kv_heads, head_dim]``.
       v: Like ``k``.
-      q_lengths: int32 ``[b]``; what lies behind is padding, with undefined results.
+      q_lengths: int32 ``[b]``, at least 1; what lies behind is padding, with undefined results.
       kv_lengths: int32 ``[b]``, at least 1.
       scale: Multiplier of the logits.
-      causal: Query ``i`` sees keys ``<= i``.
 
     Returns:
       ``[b, t, q_heads, head_dim]`` and float32 ``[b, q_heads, t]``, natural logarithms.
@@ -64,7 +62,6 @@ def cudnn_attention(
     from jax._src.cudnn import fused_attention_stablehlo
 
     library: Any = fused_attention_stablehlo
-    masks = library.MaskType
     out, lse = library.dot_product_attention(
         q,
         k,
@@ -74,7 +71,38 @@ def cudnn_attention(
         q_lengths,
         kv_lengths,
         scale=scale,
-        mask_type=masks.PADDING_CAUSAL if causal else masks.PADDING,
+        mask_type=library.MaskType.PADDING,
         return_residual=True,
     )
     return out, lse
+
+
+def cudnn_causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, with_lse: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """cuDNN's flash attention where query ``i`` sees the keys ``<= i``.
+
+    Without lengths, which cost a tenth of its speed.
+
+    Args:
+      q: ``[b, t, q_heads, head_dim]``, bfloat16 or float16.
+      k: ``[b, t, kv_heads, head_dim]``.
+      v: Like ``k``.
+      scale: Multiplier of the logits.
+      with_lse: Whether the log-sum-exp is computed too.
+
+    Returns:
+      As ``cudnn_attention``; None for the log-sum-exp if it is not asked for.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    library: Any = fused_attention_stablehlo
+    result = library.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        mask_type=library.MaskType.CAUSAL,
+        return_residual=with_lse,
+    )
+    return result if with_lse else (result, None)

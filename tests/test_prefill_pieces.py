@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from qjax import _compat
+from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat
 from qjax.ops import _prefill
 from qjax.ops._prefill import prefill_by_cudnn, prefill_unsupported_reason
@@ -19,28 +21,45 @@ from tests.tolerances import BF16_OPERANDS, relative_error
 INT8 = KVFormat("int8", "dynamic")
 
 
-def stand_in(q: Any, k: Any, v: Any, q_n: Any, kv_n: Any, *, scale: float, causal: bool) -> Any:
-    """What ``_compat.cudnn_attention`` promises, and garbage where it promises nothing."""
-    b, t, heads, _ = q.shape
-    k, v = (jnp.repeat(x, heads // x.shape[2], axis=2).astype(jnp.float32) for x in (k, v))
+def softmax_part(q: Any, k: Any, v: Any, seen: Any, scale: float) -> Any:
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2).astype(jnp.float32) for x in (k, v))
     logits = jnp.einsum("bthd,bshd->bhts", q.astype(jnp.float32), k) * jnp.float32(scale)
-    query, key = jnp.arange(t)[None, :, None], jnp.arange(k.shape[1])[None, None, :]
-    seen = key < kv_n[:, None, None]
-    seen = jnp.broadcast_to(seen & (key <= query) if causal else seen, (b, t, k.shape[1]))
     logits = jnp.where(seen[:, None], logits, -jnp.inf)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    out = jnp.einsum("bhts,bshd->bthd", jnp.exp(logits - lse[..., None]), v).astype(q.dtype)
-    real = jnp.arange(t)[None, :] < q_n[:, None]
+    weights = jnp.exp(logits - lse[..., None])  # 0 times what must not be infinite
+    return jnp.einsum("bhts,bshd->bthd", weights, v).astype(q.dtype), lse
+
+
+def whole(q: Any, k: Any, v: Any, q_n: Any, kv_n: Any, *, scale: float) -> Any:
+    """What ``_compat.cudnn_attention`` promises, and garbage where it promises nothing."""
+    t, s = q.shape[1], k.shape[1]
+    key = jnp.arange(s)[None, None, :]
+    seen = jnp.broadcast_to(key < kv_n[:, None, None], (q.shape[0], t, s))
+    out, lse = softmax_part(q, k, v, seen, scale)
+    real = (jnp.arange(t)[None, :] < q_n[:, None]) & (q_n > 0)[:, None] & (kv_n > 0)[:, None]
     nan = jnp.float32(jnp.nan)
-    return jnp.where(real[..., None, None], out, nan.astype(q.dtype)), jnp.where(
-        real[:, None], lse, nan
-    )
+    out = jnp.where(real[..., None, None], out, nan.astype(q.dtype))
+    return out, jnp.where(real[:, None], lse, nan)
+
+
+def causal(q: Any, k: Any, v: Any, *, scale: float, with_lse: bool) -> Any:
+    """What ``_compat.cudnn_causal_attention`` promises."""
+    t = q.shape[1]
+    seen = jnp.broadcast_to(jnp.tri(t, dtype=bool)[None], (q.shape[0], t, t))
+    out, lse = softmax_part(q, k, v, seen, scale)
+    return out, lse if with_lse else None
 
 
 @pytest.fixture(autouse=True)
 def _no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compat, "cudnn_attention", stand_in)
-    monkeypatch.setattr(_prefill, "_PIECE_TOKENS", 8)  # two pages of 4
+    monkeypatch.setattr(_compat, "cudnn_attention", whole)
+    monkeypatch.setattr(_compat, "cudnn_causal_attention", causal)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_prefill, "_MIN_PIECE_TOKENS", 8)  # two pages of 4
+    monkeypatch.setattr(_prefill, "_PIECE_BYTES", 0)
 
 
 def run(cache, q, positions, lengths, slots):
@@ -51,25 +70,73 @@ def run(cache, q, positions, lengths, slots):
     return np.asarray(jax.jit(call)(jnp.asarray(q, jnp.bfloat16), *i32).astype(jnp.float32))
 
 
+def poisoned(cache, lengths):
+    """The cache with NaN wherever no token of a sequence lies (1e30 and such as far as it can)."""
+    used = np.zeros((cache.num_pages, cache.page_size), bool)
+    for row, length in zip(np.asarray(cache.page_table), lengths, strict=True):
+        for token in range(length):
+            used[row[token // cache.page_size], token % cache.page_size] = True
+    used = jnp.asarray(used)[:, None, :]
+
+    def filled_up(held):
+        if held is None or held.ndim == 1:
+            return held
+        if held.dtype == jnp.uint8:  # 0x7f are the bits of NaN in float8_e4m3fn
+            stale = jnp.uint8(0x7F)
+        else:
+            stale = jnp.asarray(127 if held.dtype == jnp.int8 else jnp.nan, held.dtype)
+        return jnp.where(used if held.ndim == 3 else used[..., None], held, stale)
+
+    parts = ("keys", "values", "key_scales", "value_scales")
+    return dataclasses.replace(
+        cache, **{name: tuple(filled_up(x) for x in getattr(cache, name)) for name in parts}
+    )
+
+
 @pytest.mark.parametrize(
     "fmt",
     [KVFormat("bfloat16"), INT8, KVFormat("int4", "tracked"), KVFormat("float8_e4m3fn", "static")],
     ids=lambda fmt: fmt.name,
 )
-def test_chunks_after_different_numbers_of_stored_tokens(fmt):
-    """Rows begin at 0, within a page, after more than one piece; one is empty, one has padding."""
-    lengths, starts, t = np.array([5, 11, 20, 0, 3]), np.array([0, 6, 15, 0, 0]), 5
-    cache = filled(fmt, lengths, per_seq=5)
+def check(cache, starts, lengths, t):
+    """Rows with stale pages and padding of NaN against the reference on a clean cache."""
+    rows = len(lengths)
     positions = starts[:, None] + np.arange(t)
-    q = np.asarray(jnp.asarray(normal(2, (5, t, 4, 8))).astype(jnp.bfloat16), np.float32)
-    out = run(cache, q, positions, lengths, np.arange(5))
+    padded = positions >= lengths[:, None]
+    q = np.asarray(jnp.asarray(normal(2, (rows, t, 4, 8))).astype(jnp.bfloat16), np.float32)
     want = reference(q, *contents(cache), positions, lengths, 8**-0.5)
+    q = np.where(padded[..., None, None], np.float32("nan"), q)
+    out = run(poisoned(cache, lengths), q, positions, lengths, np.arange(rows))
     assert np.isfinite(out).all()
     assert relative_error(out, want) < BF16_OPERANDS
-    padded = positions >= lengths[:, None]
     assert padded.any() and not out[padded].any()
 
 
+@pytest.mark.parametrize(
+    "fmt",
+    [KVFormat("bfloat16"), INT8, KVFormat("int4", "tracked"), KVFormat("float8_e4m3fn", "static")],
+    ids=lambda fmt: fmt.name,
+)
+@pytest.mark.usefixtures("small_pieces")
+def test_chunks_after_different_numbers_of_stored_tokens(fmt):
+    """Rows begin at 0, within a page, after more than one piece; one is empty, one has padding."""
+    lengths, starts, t = np.array([5, 11, 20, 0, 3]), np.array([0, 6, 15, 0, 0]), 5
+    check(filled(fmt, lengths, per_seq=5), starts, lengths, t)
+
+
+@pytest.mark.parametrize("fmt", [KVFormat("bfloat16"), INT8], ids=lambda fmt: fmt.name)
+def test_first_chunks(fmt):
+    """Whole, with padding, of one token, and empty."""
+    lengths = np.array([7, 3, 1, 0])
+    check(filled(fmt, lengths), np.zeros(4, int), lengths, 7)
+
+
+def test_all_stored_tokens_in_one_piece():
+    lengths, starts = np.array([9, 12, 0, 2]), np.array([5, 10, 0, 0])
+    check(filled(INT8, lengths), starts, lengths, 4)
+
+
+@pytest.mark.usefixtures("small_pieces")
 def test_one_chunk_or_two_and_any_slots():
     lengths = np.array([9, 12])
     cache = filled(INT8, lengths)
@@ -78,6 +145,64 @@ def test_one_chunk_or_two_and_any_slots():
     whole = run(cache, q, positions, [9, 9], [0, 1])
     second = run(cache, q[::-1, 4:], positions[:, 4:], [9, 9], [1, 0])
     assert relative_error(second[::-1], whole[:, 4:]) < BF16_OPERANDS
+
+
+def test_a_row_does_not_depend_on_what_others_have_stored():
+    """Beside a row that has stored tokens, one without takes the other branch: the same bits."""
+    lengths = np.array([5, 9])
+    cache = filled(INT8, lengths)
+    q = normal(4, (2, 5, 4, 8))
+    alone = run(cache, q, np.tile(np.arange(5), (2, 1)), [5, 0], [0, 1])
+    beside = run(cache, q, np.array([[0], [4]]) + np.arange(5), [5, 9], [0, 1])
+    assert (alone[0] == beside[0]).all() and beside[1].any()
+
+
+def test_size_of_pieces():
+    """Four chunks of tokens, within a budget, in equal parts of what the table has room for."""
+
+    def pages(b: int, t: int, per_seq: int) -> int:
+        cache = QuantizedKVCache.init(
+            num_layers=1,
+            num_kv_heads=8,
+            head_dim=128,
+            num_pages=1,
+            page_size=64,
+            max_seqs=1,
+            pages_per_seq=per_seq,
+            fmt=INT8,
+        )
+        return _prefill._pages_per_piece(cache, b, t, 2)
+
+    assert pages(1, 4096, 256) == 256  # 16384 tokens, all there can be
+    assert pages(1, 4096, 320) == 160
+    assert pages(1, 16, 2048) == 32  # at least 2048 tokens
+    assert pages(16, 4096, 2048) == 128  # 512 MiB for 16 sequences
+    assert pages(1000, 4096, 2048) == 32
+    assert pages(1, 4096, 1) == 1
+
+
+def test_without_stored_tokens_no_copy_in_float32(monkeypatch):
+    """Nor any other array of all queries than cuDNN's result and what zeroes padding in it."""
+
+    def lse(q):
+        return jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
+
+    monkeypatch.setattr(_compat, "cudnn_causal_attention", lambda q, k, v, **_: (q, lse(q)))
+    monkeypatch.setattr(_compat, "cudnn_attention", lambda q, *_, **__: (q, lse(q)))
+    cache = filled(INT8, [5, 9])
+    q = jax.ShapeDtypeStruct((2, 5, 4, 8), jnp.bfloat16)
+    i32 = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 5), (2,), (2,))]
+
+    def call(q, positions, slots, lengths):
+        return prefill_by_cudnn(q, cache, 0, positions, slots, lengths, 0.5)
+
+    program = jax.make_jaxpr(call)(q, *i32)
+    (cond,) = (e for e in program.jaxpr.eqns if e.primitive.name == "cond")
+    without = cond.params["branches"][0].jaxpr
+    large = [e for e in without.eqns if any(v.aval.size == 2 * 5 * 4 * 8 for v in e.outvars)]
+    names = {e.primitive.name for e in large}
+    assert "scatter" in names and names <= {"reshape", "scatter", "broadcast_in_dim"}, names
+    assert all(v.aval.dtype == jnp.bfloat16 for e in large for v in e.outvars)
 
 
 @pytest.mark.skipif(jax.devices()[0].platform == "gpu", reason="cuDNN is there")

@@ -18,10 +18,13 @@ from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
 from qjax._device import device_info
 from qjax.kv_cache import QuantizedKVCache
 from qjax.ops.kv import decode_codes
-from qjax.typing import Array
+from qjax.typing import Array, DType
 
-# Stored tokens per piece: at most [b, 2048, kv_heads, head_dim] of keys and values dequantized.
-_PIECE_TOKENS = 2048
+# Stored tokens per piece: this many times the chunk's, but no more bytes of dequantized keys and
+# values than that, nor fewer tokens than these.
+_PIECE_CHUNKS = 4
+_PIECE_BYTES = 512 << 20
+_MIN_PIECE_TOKENS = 2048
 
 
 def prefill_unsupported_reason(
@@ -65,6 +68,8 @@ def prefill_by_cudnn(
     slots: Array,
     lengths: Array,
     scale: float,
+    *,
+    out_dtype: DType | None = None,
 ) -> Array:
     """``paged_attention`` where the positions of every row are consecutive.
 
@@ -76,84 +81,138 @@ def prefill_by_cudnn(
       slots: int32 ``[b]``.
       lengths: int32 ``[b]``, 0 for slots that do not exist.
       scale: Multiplier of the logits.
+      out_dtype: Result type; ``q.dtype`` by default. cuDNN rounds to ``q.dtype`` before.
 
     Returns:
-      Like ``q``; zeros for padding.
+      Like ``q``, in ``out_dtype``; zeros for padding.
     """
+    out_dtype = q.dtype if out_dtype is None else jnp.dtype(out_dtype)
     b, t = q.shape[:2]
-    page_size, per_seq = cache.page_size, cache.pages_per_seq
     start = positions[:, 0]
     count = jnp.where(start >= 0, jnp.clip(lengths - start, 0, t), 0)
     stored = jnp.where(count > 0, start, 0)
-    table = jnp.take(cache.page_table, slots, axis=0, mode="clip")
-    table = jnp.clip(table, 0, cache.num_pages - 1)
-
-    def attend(
-        keys: Array, values: Array, q_lengths: Array, kv_lengths: Array, *, causal: bool
-    ) -> tuple[Array, Array]:
-        # cuDNN's results for rows without any token are undefined: they are given one, and dropped.
-        out, lse = _compat.cudnn_attention(
-            q,
-            keys,
-            values,
-            jnp.maximum(q_lengths, 1),
-            jnp.maximum(kv_lengths, 1),
-            scale=scale,
-            causal=causal,
-        )
-        index = jnp.arange(t, dtype=jnp.int32)[None, :]
-        seen = (index < q_lengths[:, None]) & (kv_lengths > 0)[:, None]
-        lse = jnp.where(seen[..., None], lse.swapaxes(1, 2), -jnp.inf)
-        return jnp.where(seen[..., None, None], out.astype(jnp.float32), 0), lse
+    index = jnp.arange(t, dtype=jnp.int32)
+    real = index[None, :] < count[:, None]
 
     with jax.named_scope("chunk"):
-        where = stored[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
-        page = jnp.take_along_axis(table, jnp.minimum(where // page_size, per_seq - 1), axis=1)
-        keys, values = _dequantized(cache, layer, (page, slice(None), where % page_size), q.dtype)
-        state = attend(keys, values, count, count, causal=True)
+        # Unsigned, as a division that rounds down takes several times the instructions.
+        where = (stored[:, None] + index[None, :]).astype(jnp.uint32)
+        page_size = jnp.uint32(cache.page_size)
+        page = _pages(cache, slots, (where // page_size).astype(jnp.int32))
+        offset = (where % page_size).astype(jnp.int32)
+        keys, values = _dequantized(cache, layer, (page, slice(None), offset), real, q.dtype)
 
-    pages = min(max(1, _PIECE_TOKENS // page_size), per_seq)
-    piece = pages * page_size
+    def without_stored() -> Array:
+        out, _ = _compat.cudnn_causal_attention(q, keys, values, scale=scale, with_lse=False)
+        out = out.astype(out_dtype)
+        # Of padding only: anything that looked at all queries would take a tenth of cuDNN's time.
+        rows = jnp.arange(b * t, dtype=jnp.int32)
+        padding = jnp.where(real.reshape(-1), rows + b * t, rows)
+        flat = out.reshape(b * t, *out.shape[2:])
+        flat = flat.at[padding].set(
+            jnp.zeros((), out.dtype), mode="drop", unique_indices=True, wrap_negative_indices=False
+        )
+        return flat.reshape(out.shape)
 
-    def body(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        entries = jnp.minimum(i * pages + jnp.arange(pages, dtype=jnp.int32), per_seq - 1)
-        page = jnp.repeat(table[:, entries], page_size, axis=1)
-        offset = jnp.tile(jnp.arange(page_size, dtype=jnp.int32), pages)
-        offset = jnp.broadcast_to(offset[None, :], page.shape)
-        keys, values = _dequantized(cache, layer, (page, slice(None), offset), q.dtype)
-        kv_lengths = jnp.clip(stored - i * piece, 0, piece)
-        return _merged(state, attend(keys, values, count, kv_lengths, causal=False))
+    pages = _pages_per_piece(cache, b, t, q.dtype.itemsize)
+    piece = pages * cache.page_size
 
-    with jax.named_scope("stored"):
-        pieces = (jnp.max(stored) + (piece - 1)) // piece
-        out, _ = jax.lax.fori_loop(0, pieces, body, state)
-    return out.astype(q.dtype)
+    def attend_stored(i: int | Array) -> tuple[Array, Array]:
+        """To piece ``i``; log-sum-exps ``[b, t, q_heads]``, minus infinity for rows without."""
+        entries = i * pages + jnp.arange(pages, dtype=jnp.int32)
+        page = _pages(cache, slots, jnp.broadcast_to(entries[None, :], (b, pages)))
+        held = jnp.clip(stored - i * piece, 0, piece)
+        valid = jnp.arange(piece, dtype=jnp.int32)[None, :] < held[:, None]
+        keys, values = _dequantized(cache, layer, (page,), valid, q.dtype)
+        # cuDNN's results for rows without any token are undefined: they are given one of zeros,
+        # with a weight of 0.
+        out, lse = _compat.cudnn_attention(
+            q, keys, values, jnp.maximum(count, 1), jnp.maximum(held, 1), scale=scale
+        )
+        return out, jnp.where((held > 0)[:, None, None], lse.swapaxes(1, 2), -jnp.inf)
+
+    def with_stored() -> Array:
+        out, lse = _compat.cudnn_causal_attention(q, keys, values, scale=scale, with_lse=True)
+        assert lse is not None
+        state = _merged((out, lse.swapaxes(1, 2)), attend_stored(0))
+        if pages < cache.pages_per_seq:
+            state = jax.lax.fori_loop(
+                1,
+                (jnp.max(stored) + (piece - 1)) // piece,
+                lambda i, state: _merged(state, attend_stored(i)),
+                state,
+            )
+        return jnp.where(real[..., None, None], state[0], 0).astype(out_dtype)
+
+    with jax.named_scope("attend"):
+        return jax.lax.cond(jnp.any(stored > 0), with_stored, without_stored)
+
+
+def _pages_per_piece(cache: QuantizedKVCache, b: int, t: int, itemsize: int) -> int:
+    """Pages of stored tokens that are attended to in one call of cuDNN.
+
+    Merging takes time per query and piece, and what a piece has room for is dequantized whether it
+    is there or not: several times the chunk's tokens balance the two.
+    """
+    token_bytes = 2 * cache.num_kv_heads * cache.head_dim * itemsize
+    tokens = min(_PIECE_CHUNKS * t, _PIECE_BYTES // (b * token_bytes))
+    most = max(1, max(tokens, _MIN_PIECE_TOKENS) // cache.page_size)
+    return -(-cache.pages_per_seq // -(-cache.pages_per_seq // most))
+
+
+def _pages(cache: QuantizedKVCache, slots: Array, entries: Array) -> Array:
+    """Pages of entries int32 ``[b, n]`` of the page table, clipped to those that exist."""
+    pages = cache.page_table.at[slots[:, None], entries].get(
+        mode="clip", wrap_negative_indices=False
+    )
+    return jnp.clip(pages, 0, cache.num_pages - 1)
 
 
 def _merged(x: tuple[Array, Array], y: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Two normalized parts of a softmax as one: ``[b, t, heads, d]`` and ``[b, t, heads]``."""
+    """Two normalized parts of a softmax as one, in float32.
+
+    Args:
+      x: ``[b, t, heads, d]`` and float32 ``[b, t, heads]``, finite.
+      y: Likewise, but its log-sum-exps may be minus infinity.
+    """
     top = jnp.maximum(x[1], y[1])
-    shift = jnp.where(top == -jnp.inf, jnp.float32(0), top)
-    weights = jnp.exp(x[1] - shift), jnp.exp(y[1] - shift)
+    weights = jnp.exp(x[1] - top), jnp.exp(y[1] - top)
     total = weights[0] + weights[1]
-    safe = jnp.where(total > 0, total, jnp.float32(1))
-    out = sum(part[0] * (w / safe)[..., None] for part, w in zip((x, y), weights, strict=True))
-    return jnp.asarray(out), shift + jnp.log(total)
+    parts = [
+        part[0].astype(jnp.float32) * (w / total)[..., None]
+        for part, w in zip((x, y), weights, strict=True)
+    ]
+    return parts[0] + parts[1], top + jnp.log(total)
 
 
 def _dequantized(
-    cache: QuantizedKVCache, layer: int, where: tuple, dtype: jnp.dtype
+    cache: QuantizedKVCache, layer: int, where: tuple, valid: Array, dtype: DType
 ) -> tuple[Array, Array]:
-    """Keys and values of tokens, ``[b, tokens, kv_heads, head_dim]`` in ``dtype``."""
+    """Keys and values of tokens, ``[b, tokens, kv_heads, head_dim]`` in ``dtype``.
+
+    Args:
+      cache: The cache.
+      layer: Layer index.
+      where: Index of tokens in the arrays of pages, or of whole pages ``([b, pages],)``.
+      valid: bool ``[b, tokens]``. Others are zeros: masked by a weight of 0 alone, what a page
+        holds from earlier could be an infinity.
+      dtype: Of the result.
+    """
     fmt = cache.formats[layer]
+
+    def tokens(held: Array) -> Array:
+        x = held.at[where].get(wrap_negative_indices=False)
+        if len(where) == 1:
+            x = x.swapaxes(2, 3)
+        return x.reshape(*valid.shape, *x.shape[-1 - (held.ndim == 4) :])
+
     result = []
     for held, held_scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales)):
-        if not fmt.quantized:
-            result.append(held[layer][where])
-            continue
-        x = decode_codes(held[layer][where], fmt, jnp.float32)
-        scales = held_scales[layer]
-        assert scales is not None
-        scales = scales[where] if fmt.stores_scales else scales[None, None, :]
-        result.append((x * scales[..., None]).astype(dtype))
+        x = tokens(held[layer])
+        if fmt.quantized:
+            scales = held_scales[layer]
+            assert scales is not None
+            scales = tokens(scales) if fmt.stores_scales else scales[None, None, :]
+            x = (decode_codes(x, fmt, jnp.float32) * scales[..., None]).astype(dtype)
+        result.append(jnp.where(valid[..., None, None], x, 0))
     return result[0], result[1]
