@@ -98,7 +98,7 @@ def poisoned(cache, lengths):
     [KVFormat("bfloat16"), INT8, KVFormat("int4", "tracked"), KVFormat("float8_e4m3fn", "static")],
     ids=lambda fmt: fmt.name,
 )
-def check(cache, starts, lengths, t):
+def check(cache, starts, lengths, t, *, padding=True):
     """Rows with stale pages and padding of NaN against the reference on a clean cache."""
     rows = len(lengths)
     positions = starts[:, None] + np.arange(t)
@@ -109,7 +109,7 @@ def check(cache, starts, lengths, t):
     out = run(poisoned(cache, lengths), q, positions, lengths, np.arange(rows))
     assert np.isfinite(out).all()
     assert relative_error(out, want) < BF16_OPERANDS
-    assert padded.any() and not out[padded].any()
+    assert padded.any() == padding and not out[padded].any()
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,14 @@ def test_chunks_after_different_numbers_of_stored_tokens(fmt):
     check(filled(fmt, lengths, per_seq=5), starts, lengths, t)
 
 
-@pytest.mark.parametrize("fmt", [KVFormat("bfloat16"), INT8], ids=lambda fmt: fmt.name)
-def test_first_chunks(fmt):
+def test_first_chunks():
     """Whole, with padding, of one token, and empty."""
     lengths = np.array([7, 3, 1, 0])
-    check(filled(fmt, lengths), np.zeros(4, int), lengths, 7)
+    check(filled(KVFormat("bfloat16"), lengths), np.zeros(4, int), lengths, 7)
+
+
+def test_full_chunks():
+    check(filled(INT8, [6, 5]), np.zeros(2, int), np.array([5, 5]), 5, padding=False)
 
 
 def test_all_stored_tokens_in_one_piece():
@@ -148,13 +151,14 @@ def test_one_chunk_or_two_and_any_slots():
 
 
 def test_a_row_does_not_depend_on_what_others_have_stored():
-    """Beside a row that has stored tokens, one without takes the other branch: the same bits."""
-    lengths = np.array([5, 9])
-    cache = filled(INT8, lengths)
+    """Beside padding or a row that has stored tokens it takes other branches: the same bits."""
+    cache = filled(INT8, [5, 9])
     q = normal(4, (2, 5, 4, 8))
-    alone = run(cache, q, np.tile(np.arange(5), (2, 1)), [5, 0], [0, 1])
-    beside = run(cache, q, np.array([[0], [4]]) + np.arange(5), [5, 9], [0, 1])
-    assert (alone[0] == beside[0]).all() and beside[1].any()
+    full = run(cache, q, np.tile(np.arange(5), (2, 1)), [5, 5], [0, 1])
+    padded = run(cache, q, np.tile(np.arange(5), (2, 1)), [5, 0], [0, 1])
+    stored = run(cache, q, np.array([[0], [4]]) + np.arange(5), [5, 9], [0, 1])
+    assert (full[0] == padded[0]).all() and not padded[1].any()
+    assert (full[0] == stored[0]).all() and stored[1].any()
 
 
 def test_size_of_pieces():
@@ -182,7 +186,7 @@ def test_size_of_pieces():
 
 
 def test_without_stored_tokens_no_copy_in_float32(monkeypatch):
-    """Nor any other array of all queries than cuDNN's result and what zeroes padding in it."""
+    """Nor any other array of all queries than cuDNN's result and what clears padding in it."""
 
     def lse(q):
         return jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
@@ -198,8 +202,13 @@ def test_without_stored_tokens_no_copy_in_float32(monkeypatch):
 
     program = jax.make_jaxpr(call)(q, *i32)
     (cond,) = (e for e in program.jaxpr.eqns if e.primitive.name == "cond")
-    without = cond.params["branches"][0].jaxpr
-    large = [e for e in without.eqns if any(v.aval.size == 2 * 5 * 4 * 8 for v in e.outvars)]
+    full, first, _ = (branch.jaxpr.eqns for branch in cond.params["branches"])
+
+    def of_all_queries(eqns):
+        return [e for e in eqns if any(v.aval.size == 2 * 5 * 4 * 8 for v in e.outvars)]
+
+    assert not of_all_queries(full)
+    large = of_all_queries(first)
     names = {e.primitive.name for e in large}
     assert "scatter" in names and names <= {"reshape", "scatter", "broadcast_in_dim"}, names
     assert all(v.aval.dtype == jnp.bfloat16 for e in large for v in e.outvars)

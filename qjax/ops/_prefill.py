@@ -102,10 +102,14 @@ def prefill_by_cudnn(
         offset = (where % page_size).astype(jnp.int32)
         keys, values = _dequantized(cache, layer, (page, slice(None), offset), real, q.dtype)
 
-    def without_stored() -> Array:
+    def full_chunks() -> Array:
         out, _ = _compat.cudnn_causal_attention(q, keys, values, scale=scale, with_lse=False)
-        out = out.astype(out_dtype)
-        # Of padding only: anything that looked at all queries would take a tenth of cuDNN's time.
+        return out.astype(out_dtype)
+
+    def first_chunks() -> Array:
+        out = full_chunks()
+        # Padding is cleared in place. Anything that read all of the output and wrote it again would
+        # take a tenth of cuDNN's time.
         rows = jnp.arange(b * t, dtype=jnp.int32)
         padding = jnp.where(real.reshape(-1), rows + b * t, rows)
         flat = out.reshape(b * t, *out.shape[2:])
@@ -145,7 +149,10 @@ def prefill_by_cudnn(
         return jnp.where(real[..., None, None], state[0], 0).astype(out_dtype)
 
     with jax.named_scope("attend"):
-        return jax.lax.cond(jnp.any(stored > 0), with_stored, without_stored)
+        # One branch of three, as every decision waits for the device.
+        padded = jnp.any(count < t).astype(jnp.int32)
+        branch = jnp.where(jnp.any(stored > 0), jnp.int32(2), padded)
+        return jax.lax.switch(branch, (full_chunks, first_chunks, with_stored))
 
 
 def _pages_per_piece(cache: QuantizedKVCache, b: int, t: int, itemsize: int) -> int:
