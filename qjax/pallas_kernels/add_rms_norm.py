@@ -7,8 +7,9 @@
 
 In decoding every kernel of XLA's three for this (sum and add, mean square, scale) takes longer to
 start than to run. One CTA has one row in registers, with as many warpgroups as find 16 bytes for
-every thread: with few rows the time is that of one load, of one sum over the CTA and of one store:
-2.7 us for one row of 4096 and four partial sums on an H200.
+every thread; or, where rows are few, a cluster of 2 or 4 CTAs, since partial sums of a row are more
+than one multiprocessor reads at once: eight of 4096 are 128 KiB. The time is that of one load, of
+one sum over the row and of one store.
 
 What did not help: 192 further CTAs that ask for 12 MB of the next weight (TMA prefetch to the L2
 cache), since the memory is idle meanwhile. Products after it became 0.7 us faster, this kernel
@@ -99,8 +100,12 @@ def add_rms_norm(
 
     plgpu: Any = mosaic_gpu
     dtype, splits = residual.dtype, delta.shape[0]
-    count = warpgroups(columns)
-    alone = count == 1 and not blocks
+    grid = rows if codes is None else _token_codes.padded_rows(rows)
+    ctas = 1
+    if not blocks and not interpret:  # the interpreter has no memory that CTAs share
+        ctas = _token_codes.ctas_per_row(grid, columns, lambda n: columns % (n * _VALUES) == 0)
+    count = warpgroups(columns // ctas)
+    alone = ctas * count == 1 and not blocks
     # A row as a matrix: of its blocks, or of what each warp has. One warpgroup has it as it is.
     if blocks:
         view: tuple[int, ...] = columns // _token_codes.BLOCK, _token_codes.BLOCK
@@ -109,17 +114,20 @@ def add_rms_norm(
         view = (columns,)
         layout = plgpu.Layout.WG_STRIDED(view, vec_size=_token_codes.vector(columns))
     else:
-        view = 4 * count, columns // count // 4
-        layout = _token_codes.layout_of_warps(_token_codes.vector(columns // count))
+        view = 4 * ctas * count, columns // ctas // count // 4
+        layout = _token_codes.layout_of_warps(_token_codes.vector(columns // ctas // count))
 
     def kernel(residual: Any, delta: Any, weight: Any, out: Any, *refs: Any) -> None:
         outs, exchanges = refs[: len(out_types) - 1], refs[len(out_types) - 1 :]
         out_row = lax.axis_index("row")
         row = out_row if codes is None else jnp.minimum(out_row, rows - 1)
         own: Any = slice(None)
-        if count > 1:
-            height = view[0] // count
-            own = pl.ds(lax.axis_index("warpgroup") * height, height)
+        if ctas * count > 1:
+            height = view[0] // ctas // count
+            part = lax.axis_index("warpgroup") if count > 1 else jnp.int32(0)
+            if ctas > 1:
+                part = part + lax.axis_index("part") * count
+            own = pl.ds(part * height, height)
 
         def load(ref: Any) -> Array:
             return plgpu.load(ref.at[own], layout=layout, optimized=False)
@@ -138,7 +146,7 @@ def add_rms_norm(
         added = total.astype(dtype).astype(jnp.float32)
         x = (before.astype(jnp.float32) + added).astype(dtype)
         wide = x.astype(jnp.float32)
-        mean_square = of_the_row(jnp.sum, jnp.add, wide * wide, exchanges[:2]) / columns
+        mean_square = of_the_row(jnp.sum, jnp.add, wide * wide, exchanges[:used]) / columns
         normed = (wide * lax.rsqrt(mean_square + eps) * factor).astype(dtype)
         out[row, own] = x
         if codes is None:
@@ -148,23 +156,24 @@ def add_rms_norm(
         if blocks:
             largest = _token_codes.absmax(wide, 1)
         else:
-            largest = of_the_row(_token_codes.absmax, jnp.maximum, wide, exchanges[2:])
+            largest = of_the_row(_token_codes.absmax, jnp.maximum, wide, exchanges[used:])
         scale = _token_codes.scale_of(largest, codes)
         outs[0][out_row, own] = _token_codes.encode(wide, scale, codes)
         _token_codes.store_scales(scale, outs[1], own, out_row, outs[0].shape[0])
 
-    grid = rows if codes is None else _token_codes.padded_rows(rows)
     out_types = [jax.ShapeDtypeStruct((rows, *view), dtype)]
     out_types.append(jax.ShapeDtypeStruct((grid, *view), jnp.dtype(codes or dtype)))
     if codes is not None:
         out_types.append(_token_codes.scales_type(rows, columns, blocks))
-    exchange = () if alone else _token_codes.exchange(view[0], count)
+    exchange = () if alone else _token_codes.exchange(view[0], count, ctas)
+    used = len(exchange)
     names = "add_rms_norm", dtype.name, codes, "blocks" if blocks else None
     run = plgpu.kernel(
         kernel,
         out_type=tuple(out_types),
         grid=(grid,),
         grid_names=("row",),
+        **({"cluster": (ctas,), "cluster_names": ("part",)} if ctas > 1 else {}),
         **({"num_threads": count, "thread_name": "warpgroup"} if count > 1 else {}),
         scratch_types=exchange if blocks or codes is None else 2 * exchange,
         compiler_params=plgpu.CompilerParams(

@@ -5,13 +5,14 @@
   scale[m] = max_k |x[m, k]| / bound                    codes[m, k] = round(x[m, k] / scale[m])
   with gated: x[m, k] = round(silu(pair[m, k])) * pair[m, k + d / 2]
 
-XLA needs three kernels for the first, four for the second, each shorter than its start. One CTA has
-one row in registers, cut into parts of one warpgroup each, which tell each other their largest
-magnitude through shared memory.
+XLA needs three kernels for the first, four for the second, each shorter than its start. One CTA, or
+where rows are few a cluster of 2 or 4, has one row in registers, cut into parts of one warpgroup
+each, which tell each other their largest magnitude through shared memory.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -36,6 +37,13 @@ def warpgroups(columns: int, blocks: bool) -> int | None:
         if columns % (count * unit) == 0 and columns <= count * _THREADS * _MAX_PER_THREAD
     ]
     return max(found)[1] if found else None
+
+
+def _takes(columns: int, ctas: int) -> bool:
+    """Whether so many CTAs can share a row, with loads of 8 bytes or more."""
+    part, odd = divmod(columns, ctas)
+    count = None if odd else warpgroups(part, blocks=False)
+    return count is not None and _token_codes.vector(part // count) >= 4
 
 
 def unsupported_reason(
@@ -81,23 +89,29 @@ def token_codes(
     """
     rows, columns = x.shape[0], x.shape[1] // (2 if gated else 1)
     reason = unsupported_reason(rows, columns, x.dtype, kind, blocks)
-    count = warpgroups(columns, blocks)
+    padded, ctas = _token_codes.padded_rows(rows), 1
+    if not blocks and not interpret:  # the interpreter has no memory that CTAs share
+        ctas = _token_codes.ctas_per_row(padded, columns, functools.partial(_takes, columns))
+    count = warpgroups(columns // ctas, blocks)
     if reason is not None or count is None:
         raise NotImplementedError(f"token_codes: {reason}")
     from jax.experimental.pallas import mosaic_gpu
 
     plgpu: Any = mosaic_gpu
     # A row as a matrix: of its blocks, or of what each warp has.
-    block = _token_codes.BLOCK if blocks else columns // count // 4
-    height, whole = columns // block // count, columns // block
+    block = _token_codes.BLOCK if blocks else columns // ctas // count // 4
+    whole = columns // block
+    height = whole // ctas // count
     if blocks:
         layout = _token_codes.layout_of_blocks()
     else:
-        layout = _token_codes.layout_of_warps(_token_codes.vector(columns // count))
+        layout = _token_codes.layout_of_warps(_token_codes.vector(columns // ctas // count))
 
     def kernel(x: Any, codes: Any, scales: Any, *exchange: Any) -> None:
         row = lax.axis_index("row")
         part = lax.axis_index("warpgroup")
+        if ctas > 1:
+            part = part + lax.axis_index("part") * count
         source = jnp.minimum(row, rows - 1)
         own = pl.ds(part * height, height)
 
@@ -117,7 +131,6 @@ def token_codes(
         codes[row, own] = _token_codes.encode(wide, scale, kind)
         _token_codes.store_scales(scale, scales, own, row, codes.shape[0])
 
-    padded = _token_codes.padded_rows(rows)
     names = "gated" if gated else "token", "codes", x.dtype.name, kind, "blocks" if blocks else ""
     run = plgpu.kernel(
         kernel,
@@ -127,9 +140,10 @@ def token_codes(
         ),
         grid=(padded,),
         grid_names=("row",),
+        **({"cluster": (ctas,), "cluster_names": ("part",)} if ctas > 1 else {}),
         num_threads=count,
         thread_name="warpgroup",
-        scratch_types=() if blocks else _token_codes.exchange(whole, count),
+        scratch_types=() if blocks else _token_codes.exchange(whole, count, ctas),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),

@@ -78,6 +78,21 @@ def test_on_the_gpu(
         assert (a == b).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [4096, 8192])
+def test_as_many_ctas_as_there_may_be(columns: int, rng: np.random.Generator) -> None:
+    """Rows of clusters of four CTAs, of two, and of one each: the same, bit by bit."""
+    reason = mosaic_gpu_unsupported_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    residual, delta, weight = _operands(rng, 200, columns, 4)
+    run = jax.jit(lambda r, d, w: add_rms_norm(r, d, w, 1e-5, backend="mosaic_gpu"))
+    out, normed = run(residual, delta, weight)
+    for rows in (1, 33, 66, 67):
+        few_out, few_normed = run(residual[:rows], delta[:, :rows], weight)
+        assert (few_out == out[:rows]).all() and (few_normed == normed[:rows]).all()
+
+
 def test_xla_form_is_addition_then_normalisation(rng: np.random.Generator) -> None:
     residual, delta, weight = _operands(rng, 3, 32, 2, "float32")
     out, normed = add_rms_norm(residual, delta, weight, 1e-6)

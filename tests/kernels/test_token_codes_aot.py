@@ -32,7 +32,13 @@ def _norm(
 
 
 CASES = [
+    # A row to a cluster of four CTAs, of two, and to one.
     _rows(16, 4096, E4M3, False, False),
+    _rows(64, 14336, E4M3, False, True),
+    _rows(100, 14336, "int8", False, True),
+    _norm(64, 4096, None, False, 8),
+    _norm(64, 4096, E4M3, False, 8),
+    _norm(100, 4096, E4M3, False, 4),
     _rows(1, 8192, "int8", False, False),
     _rows(5, 14336, E4M3, False, True),
     _rows(16, 28672, "int8", False, True),
