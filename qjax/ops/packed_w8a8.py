@@ -197,7 +197,9 @@ def dot(
         # The same codes as on the XLA backend.
         static = None if _activation(w).dynamic else w.act_scale
         xq = quantize_activation(flat, _activation(w), static_scale=static)
+    rows = math.prod(x.shape[:-1])
     options: dict[str, Any] = {
+        "rows": rows,
         "config": config,
         "out_dtype": x.dtype if out_dtype is None else out_dtype,
         "keep_splits": keep_splits,
@@ -214,6 +216,4 @@ def dot(
         out = weight_only_large.matmul(
             codes, w.words, w.scales, w.column, xq.scale, kind=w.kind, **options
         )
-    rows = math.prod(x.shape[:-1])
-    out = out[..., :rows, :] if out.shape[-2] > rows else out
     return out.reshape(*out.shape[:-2], *x.shape[:-1], w.shape[1])

@@ -31,7 +31,7 @@ plgpu: Any = mosaic_gpu
 _COMPUTE_REGISTERS, _MEMORY_REGISTERS = 232, 40
 
 
-@lowered_once("config", "problem", "out_dtype", "interpret")
+@lowered_once("config", "problem", "out_rows", "out_dtype", "interpret")
 def call(
     x: Array,
     weight: Array,
@@ -40,19 +40,24 @@ def call(
     *,
     config: Config,
     problem: Problem,
+    out_rows: int,
     out_dtype: Any,
     interpret: bool,
 ) -> Array:
     """Run the kernel; arguments as in ``w8a8.matmul``, padded as it says there.
 
+    Args:
+      out_rows: Rows of the result: all, or fewer than the 8 of a tile, beyond which TMA writes
+        nothing. (The other arguments: see there.)
+
     Returns:
-      ``(m, n)`` in ``out_dtype``, or with ``config.splits > 1`` float32 partial sums
-      ``(splits, m, n)``.
+      ``(out_rows, n)`` in ``out_dtype``, or with ``config.splits > 1`` float32 partial sums
+      ``(splits, out_rows, n)``.
     """
-    m, n = problem.m, problem.n
-    out_type = jax.ShapeDtypeStruct((m, n), out_dtype)
+    n = problem.n
+    out_type = jax.ShapeDtypeStruct((out_rows, n), out_dtype)
     if config.splits > 1:
-        out_type = jax.ShapeDtypeStruct((config.splits, m, n), jnp.float32)
+        out_type = jax.ShapeDtypeStruct((config.splits, out_rows, n), jnp.float32)
     operands = {"x": x, "weight": weight, "x_scale": x_scale, "w_scale": w_scale}
     tiles_a, tiles_b = tile_counts(config, problem)
     units = min(_SM_COUNT // config.cluster, tiles_a * tiles_b * config.splits)

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 from qjax.pallas_kernels import _codes, _layout, _unpack
 from qjax.pallas_kernels._once import lowered_once
+from qjax.pallas_kernels._turns import Turns
 from qjax.pallas_kernels._weight_only_large_store import drain_taken, store
 from qjax.pallas_kernels.weight_only import Problem
 from qjax.pallas_kernels.weight_only_large import (
@@ -35,7 +36,7 @@ _MEMORY_REGISTERS = 40
 _SMALLEST_SCALE = 2.0**-80
 
 
-@lowered_once("config", "problem", "out_dtype", "interpret")
+@lowered_once("config", "problem", "out_rows", "out_dtype", "interpret")
 def call(
     x: Array,
     words: Array,
@@ -45,14 +46,19 @@ def call(
     *,
     config: Config,
     problem: Problem,
+    out_rows: int,
     out_dtype: Any,
     interpret: bool,
 ) -> Array:
     """Run the kernel; arguments as in ``weight_only_large.matmul``, padded as it says there.
 
+    Args:
+      out_rows: Rows of the result: all, or fewer than the 8 of a tile, beyond which TMA writes
+        nothing. (The other arguments: see there.)
+
     Returns:
-      ``(m, n)`` in ``out_dtype``, ``(m, n / 2)`` if gated, or with ``config.splits > 1`` float32
-      partial sums ``(splits, m, n)``.
+      ``(out_rows, n)`` in ``out_dtype``, ``(out_rows, n / 2)`` if gated, or with
+      ``config.splits > 1`` float32 partial sums ``(splits, out_rows, n)``.
     """
     operands = {"words": words, "column": column, "x": x, "scales": scales, "row_scale": row_scale}
     operands = {name: value for name, value in operands.items() if value is not None}
@@ -61,9 +67,9 @@ def call(
     units = min(_SM_COUNT // config.cluster, total)
     steps = problem.k // config.splits // step_k(problem)
     width = problem.n // 2 if problem.gated else problem.n
-    out_type = jax.ShapeDtypeStruct((problem.m, width), out_dtype)
+    out_type = jax.ShapeDtypeStruct((out_rows, width), out_dtype)
     if config.splits > 1:
-        out_type = jax.ShapeDtypeStruct((config.splits, problem.m, problem.n), jnp.float32)
+        out_type = jax.ShapeDtypeStruct((config.splits, out_rows, problem.n), jnp.float32)
 
     def kernel(*refs: Any, **scratch: Any) -> None:
         gmem = dict(zip((*operands, "out"), refs, strict=True))
@@ -83,6 +89,8 @@ def call(
         @pl.when(warpgroup < config.warpgroups)
         def _compute() -> None:
             plgpu.set_max_registers(config.registers, action="increase")
+            turns = Turns(config.turns, warpgroup, config.warpgroups, interpret=interpret)
+            turns.begin()
 
             @for_each_tile
             def _tile(number: Array, split: Array, feature: Array, token: Array) -> None:
@@ -91,10 +99,11 @@ def call(
                 loop = _accumulate
                 if scaled_sums(problem):
                     loop = _scaled_integers if problem.compute == "int8" else _scaled_sums
-                sums = loop(first, scratch, warpgroup, config, problem, interpret)
+                sums = loop(first, scratch, warpgroup, config, problem, turns, interpret)
                 out = gmem["out"].at[split] if config.splits > 1 else gmem["out"]
                 store(sums, number, feature, token, gmem, out, scratch, warpgroup, config)
 
+            turns.end()
             plgpu.wait_smem_to_gmem(0)
             if problem.gated:
                 drain_taken(scratch, warpgroup)
@@ -284,6 +293,7 @@ def _accumulate(
     warpgroup: Array,
     config: Config,
     problem: Problem,
+    turns: Turns,
     interpret: bool,
 ) -> Array:
     """Sum over the steps in the tensor core: float32 ``(64, columns)``."""
@@ -292,8 +302,11 @@ def _accumulate(
         def step(i: Array, total: Any) -> Any:
             slot = lax.rem(first + i, jnp.int32(config.stages))
             (weights,), _ = _load_weights(slot, scratch, warpgroup, problem, interpret)
+            turns.take()
             total = _multiply(acc, total, weights, scratch["x_smem"].at[slot], interpret)
+            turns.started()
             _give_back(scratch, slot, interpret)
+            turns.finished()
             return total
 
         return lax.fori_loop(0, problem.k // config.splits // step_k(problem), step, total)
@@ -324,6 +337,7 @@ def _scaled_sums(
     warpgroup: Array,
     config: Config,
     problem: Problem,
+    turns: Turns,
     interpret: bool,
 ) -> Array:
     """Sum of the groups' products, each scaled in float32: ``(64, columns)``.
@@ -363,13 +377,16 @@ def _scaled_sums(
         sums, scale = divided(*carry, scale)
 
         def multiply(acc: Any, total: Any) -> Any:
+            turns.take()
             total = _multiply(acc, total, weights, scratch["x_smem"].at[slots[0]], interpret)
             for slot in slots[1:]:
                 # Unpacked while the product before runs.
                 (following,), _ = load(slot)
                 total = _multiply(acc, total, following, scratch["x_smem"].at[slot], interpret)
+            turns.started()
             for slot in slots:
                 _give_back(scratch, slot, interpret)
+            turns.finished()
             return total
 
         return accumulate(sums, multiply), scale
@@ -383,11 +400,14 @@ def _scaled_sums(
             x_smem = scratch["x_smem"].at[slot, :, pl.ds(g * size, size)]
 
             def multiply(acc: Any, total: Any, g: int = g, x_smem: Any = x_smem) -> Any:
+                turns.take()
                 total = _multiply(acc, total, pieces[g], x_smem, interpret)
+                turns.started()
                 if g == count - 1:
                     _give_back(scratch, slot, interpret)
                 elif not interpret:
                     plgpu.wgmma_wait(0)
+                turns.finished()
                 return total
 
             carry = accumulate(sums, multiply), scale
@@ -407,6 +427,7 @@ def _scaled_integers(
     warpgroup: Array,
     config: Config,
     problem: Problem,
+    turns: Turns,
     interpret: bool,
 ) -> Array:
     """The same for W4A8, whose groups' integer products are added to float32 sums."""
@@ -415,7 +436,7 @@ def _scaled_integers(
     def group(g: Array, sums: Array) -> Array:
         slot = lax.rem(first + g, jnp.int32(config.stages))
         (weights,), (scale,) = _load_weights(slot, scratch, warpgroup, problem, interpret)
-        part = _integer_product(weights, slot, scratch, shape, interpret)
+        part = _integer_product(weights, slot, scratch, shape, turns, interpret)
         return sums + part * lax.broadcast_in_dim(scale, shape, [0])
 
     zero = jnp.zeros(shape, jnp.float32)
@@ -428,7 +449,12 @@ def _scaled_integers(
 
 
 def _integer_product(
-    weights: Array, slot: Array, scratch: dict[str, Any], shape: tuple[int, int], interpret: bool
+    weights: Array,
+    slot: Array,
+    scratch: dict[str, Any],
+    shape: tuple[int, int],
+    turns: Turns,
+    interpret: bool,
 ) -> Array:
     """``weights @ x.T`` of int8 operands, one group, as float32.
 
@@ -439,13 +465,19 @@ def _integer_product(
     magic = 1.5 * 2.0**23
     x_smem = scratch["x_smem"].at[slot]
     if interpret:
+        turns.take()
         total = _multiply(None, jnp.zeros(shape, jnp.int32), weights, x_smem, interpret)
+        turns.started()
         _give_back(scratch, slot, interpret)
+        turns.finished()
         return total.astype(jnp.float32)
 
     def run(acc: Any) -> None:
+        turns.take()
         _multiply(acc, (), weights, x_smem, interpret)
+        turns.started()
         _give_back(scratch, slot, interpret)
+        turns.finished()
 
     start = jnp.full(shape, int(np.float32(magic).view(np.int32)), jnp.int32)
     total = pl.run_state(run)(plgpu.ACC.init(plgpu.layout_cast(start, plgpu.Layout.WGMMA)))

@@ -348,6 +348,7 @@ def matmul(
     config: Config | None = None,
     out_dtype: DType = jnp.bfloat16,
     keep_splits: bool = False,
+    rows: int | None = None,
     interpret: bool = False,
 ) -> Array:
     """``x @ weight.T`` times the scales.
@@ -361,17 +362,19 @@ def matmul(
       config: How the work is cut up; ``heuristic_config`` by default.
       out_dtype: Result type: float32, bfloat16 or float16.
       keep_splits: Leave the sum over splits to the caller.
+      rows: Rows of the result, if those of ``x`` beyond them are padding.
       interpret: Run in the Pallas interpreter, on any device.
 
     Returns:
-      ``(m, n)`` in ``out_dtype``. With ``keep_splits`` ``(s, m, n)``: one of ``out_dtype``, or
-      several of float32 to be summed.
+      ``(rows, n)`` in ``out_dtype``. With ``keep_splits`` ``(s, rows, n)``: one of ``out_dtype``,
+      or several of float32 to be summed.
 
     Raises:
       NotImplementedError: If the kernel or the config does not support the problem; says why.
     """
     m, k = x.shape
     n = weight.shape[0]
+    rows = m if rows is None else rows
     problem = Problem(
         m,
         k,
@@ -393,24 +396,26 @@ def matmul(
     # A box of TMA may reach over an edge but not be larger than the matrix, which has whole tiles
     # of 8 rows.
     tokens = config.columns if config.swap else WARPGROUPS * config.rows
-    rows = -(-max(m, tokens) // 8) * 8
-    x = jnp.pad(x, ((0, rows - m), (0, 0)))
-    scales = max(rows, scale_columns(tokens))
+    padded = -(-max(m, tokens) // 8) * 8
+    x = jnp.pad(x, ((0, padded - m), (0, 0)))
+    scales = max(padded, scale_columns(tokens))
     room = max(0, scales - x_scale.shape[-1])
     x_scale = jnp.pad(x_scale, (*((0, 0),) * (x_scale.ndim - 1), (0, room)))
     if problem.blocks:
         w_scale = jnp.pad(w_scale, ((0, 0), (0, padded_steps(k) - k // BLOCK_K)))
+    few = config.swap and rows < config.columns == 8
     out = _w8a8_body.call(
         x,
         weight,
         x_scale,
         w_scale,
         config=config,
-        problem=dataclasses.replace(problem, m=rows),
+        problem=dataclasses.replace(problem, m=padded),
+        out_rows=rows if few and not interpret else padded,
         out_dtype=jnp.dtype(out_dtype),
         interpret=interpret,
     )
-    out = out[..., :m, :] if rows > m else out
+    out = out[..., :rows, :] if out.shape[-2] > rows else out
     if keep_splits:
         return out if config.splits > 1 else out[None]
     return out.sum(0).astype(out_dtype) if config.splits > 1 else out

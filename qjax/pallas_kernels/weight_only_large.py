@@ -7,9 +7,9 @@
 for the same packed weights, so that one copy serves every number of rows. Transposed as there: 64
 output features in registers by up to 256 tokens in shared memory. A CTA has two compute warpgroups
 (up to four with fewer tokens) and a memory warpgroup, and works through tiles until none is left,
-as in ``w8a8``: while one warpgroup unpacks, another's ``wgmma`` runs, and the memory warpgroup
-loads the next tile while this one is written out. A step is 64 of the contraction, half a weight
-tile, or with 8-bit activations all 128::
+as in ``w8a8``: while one warpgroup unpacks, another's ``wgmma`` runs (with wide tiles they take
+turns at it, ``_turns``), and the memory warpgroup loads the next tile while this one is written
+out. A step is 64 of the contraction, half a weight tile, or with 8-bit activations all 128::
 
   slot: words (warpgroups, bits / 2, 256), activations (columns, 64), scales of the step's groups
 
@@ -24,8 +24,8 @@ multiplied by it after.
 W4A8 multiplies int4 by int8: a code in the upper half of a byte is 16 times its value, so that
 unpacking takes three instructions for eight codes (``_unpack.unpack_int8``). Sums of groups are
 exact integers, scaled and added to float32 totals: twice the registers, so tiles have up to 160
-tokens. The same packed weight serves: it is only the order of
-the activations within each 16 of the contraction that differs (``int8_order``).
+tokens. The same packed weight serves: it is only the order of the activations within each 16 of the
+contraction that differs (``int8_order``).
 
 References:
   Machete (vLLM): the transposed mixed-type product with ``wgmma``; see also ``w8a8``.
@@ -44,6 +44,7 @@ from qjax.pallas_kernels.weight_only import SHARED_MEMORY_BYTES, Problem
 from qjax.typing import Array, DType
 
 _SM_COUNT = 132
+TURNS = ("started", "finished")
 _MAX_COLUMNS = 256
 _MAX_INTEGER_COLUMNS = 160  # with float32 sums beside the accumulators
 
@@ -59,6 +60,8 @@ class Config:
       splits: Parts into which the contraction is cut; their sums are added by XLA.
       warpgroups: Compute warpgroups per CTA, each with 64 output features: 2, 3 or 4.
       raster: Tiles are visited in stripes of so many along the tokens, back and forth.
+      turns: Warpgroups multiply in turns, passed on when products have ``"started"`` or
+        ``"finished"`` (``_turns``); None leaves it to chance.
     """
 
     columns: int
@@ -67,8 +70,11 @@ class Config:
     splits: int = 1
     warpgroups: int = 2
     raster: int = 8
+    turns: str | None = None
 
     def __post_init__(self) -> None:
+        if self.turns not in (None, *TURNS):
+            raise ValueError(f"turns={self.turns!r} must be None or one of {', '.join(TURNS)}")
         if not 8 <= self.columns <= 256 or self.columns % 8:
             raise ValueError(f"columns={self.columns} must be a multiple of 8 from 8 to 256")
         if self.stages < 2:
@@ -287,7 +293,13 @@ def _candidates(p: Problem) -> list[Config]:
 @functools.lru_cache(maxsize=4096)
 def heuristic_config(p: Problem) -> Config:
     """The config that ``estimate_seconds`` likes best, for any supported problem."""
-    return min(_candidates(p), key=lambda config: estimate_seconds(config, p))
+    best = min(_candidates(p), key=lambda config: estimate_seconds(config, p))
+    turns = None
+    if best.warpgroups == 2 and scaled_sums(p) and p.compute == "int8" and best.columns >= 64:
+        turns = "finished"
+    elif best.warpgroups == 2 and best.columns >= 192:
+        turns = "started"
+    return dataclasses.replace(best, turns=turns)
 
 
 def search_space(p: Problem) -> list[Config]:
@@ -295,7 +307,11 @@ def search_space(p: Problem) -> list[Config]:
     found = sorted(_candidates(p), key=lambda config: estimate_seconds(config, p))
     # The number of a slot is a mask instead of a division with a power of two.
     masked = [dataclasses.replace(c, stages=4) for c in found[:2] if c.stages in (5, 6)]
-    return found[:2] + masked + found[2:]
+    ranked = found[:2] + masked + found[2:]
+    # With few columns or more warpgroups they only wait for each other.
+    wide = [c for c in ranked[:3] if c.warpgroups == 2 and c.columns >= 64]
+    turned = [dataclasses.replace(c, turns=turns) for c in wide for turns in TURNS]
+    return ranked[:2] + turned + ranked[2:]
 
 
 def int8_order(x: Array) -> Array:
@@ -323,6 +339,7 @@ def matmul(
     out_dtype: DType = jnp.bfloat16,
     keep_splits: bool = False,
     gated: bool = False,
+    rows: int | None = None,
     interpret: bool = False,
 ) -> Array:
     """``x @ weight`` for a packed weight; arguments and result as of ``weight_only.matmul``.
@@ -339,17 +356,19 @@ def matmul(
       out_dtype: Result type: float32, bfloat16 or float16.
       keep_splits: Return the parts of the contraction unsummed.
       gated: Gate and up alternate and the result is ``silu(gate) * up``, as there.
+      rows: Rows of the result, if those of ``x`` beyond them are padding.
       interpret: Run in the Pallas interpreter, on any device.
 
     Returns:
-      ``(m, n)`` in ``out_dtype``, ``(m, n / 2)`` if gated; with ``keep_splits``
-      ``(splits, m, n)``, float32 if there are several.
+      ``(rows, n)`` in ``out_dtype``, ``(rows, n / 2)`` if gated; with ``keep_splits``
+      ``(splits, rows, n)``, float32 if there are several.
 
     Raises:
       NotImplementedError: If the kernel or the config does not support the problem; says why.
     """
     m, k = x.shape
     n = words.shape[1] * _layout.BLOCK_N
+    rows = m if rows is None else rows
     problem = Problem(
         m,
         k,
@@ -372,10 +391,10 @@ def matmul(
 
     # A box of TMA may reach over an edge but not be larger than the matrix, which has whole tiles
     # of 8 rows. Row scales are read without it.
-    rows = -(-max(m, config.columns) // 8) * 8
-    x = jnp.pad(x, ((0, rows - m), (0, 0)))
+    padded = -(-max(m, config.columns) // 8) * 8
+    x = jnp.pad(x, ((0, padded - m), (0, 0)))
     if row_scale is not None:
-        whole = -(-rows // config.columns) * config.columns
+        whole = -(-padded // config.columns) * config.columns
         row_scale = jnp.pad(row_scale, (0, max(0, whole - row_scale.shape[0])))
     out = _weight_only_large_body.call(
         x,
@@ -384,11 +403,12 @@ def matmul(
         column,
         row_scale,
         config=config,
-        problem=dataclasses.replace(problem, m=rows),
+        problem=dataclasses.replace(problem, m=padded),
+        out_rows=rows if rows < config.columns == 8 and not interpret else padded,
         out_dtype=jnp.dtype(out_dtype),
         interpret=interpret,
     )
-    out = out[..., :m, :] if rows > m else out
+    out = out[..., :rows, :] if out.shape[-2] > rows else out
     if keep_splits:
         return out if config.splits > 1 else out[None]
     return out.sum(0).astype(out_dtype) if config.splits > 1 else out

@@ -11,6 +11,7 @@ import qjax
 from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
 from qjax.formats import QuantFormat
 from qjax.ops.packed import pack_for_mosaic, packed_dot, packed_unsupported_reason
+from qjax.pallas_kernels import weight_only_large
 from qjax.pallas_kernels.weight_only_large import Config
 from tests import tolerances
 from tests.tolerances import relative_error
@@ -83,3 +84,16 @@ def test_gated_products(
     np.testing.assert_allclose(
         np.asarray(out, np.float64), wanted, tolerances.BF16_ELEMENT, atol=1e-38
     )
+
+
+def test_turns() -> None:
+    """Only where they were measured to help: two warpgroups with wide tiles."""
+
+    def turns(m: int, compute: str) -> str | None:
+        problem = weight_only_large.Problem(m, 4096, 28672, "int4", 128, compute=compute)
+        return weight_only_large.heuristic_config(problem).turns
+
+    assert turns(4096, "int8") == turns(256, "int8") == "finished"
+    assert turns(4096, "bfloat16") == "started" and turns(64, "bfloat16") is None
+    with pytest.raises(ValueError, match="turns='last' must be None or one of started, finished"):
+        Config(64, 4, turns="last")
