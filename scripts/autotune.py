@@ -22,12 +22,14 @@ from typing import Any
 from qjax._files import write_text_atomic
 from qjax.evaluation.isolated import check_files_and_limits, flags_from
 from qjax.evaluation.pool import run_pool, turn, work_through
+from qjax.evaluation.products import DTYPES, check_products
 from qjax.pallas_kernels.tuned import table_path
 
 EPILOG = """\
 examples
   python scripts/autotune.py --time-limit 240
   python scripts/autotune.py --shapes 8b_lm_head --formats int8 --rows 16 --search 24
+  python scripts/autotune.py --dtype float16 --formats int4,int8,fp8 --rows 16,64,8
   python scripts/bench_matmul.py --search 8 --every --output rows.jsonl
   python scripts/autotune.py --from rows.jsonl
 """
@@ -52,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of weights (%(default)s)",
     )
     add("--rows", default="16,64,8,256,2048,32,128,1024,512,4096", help="tokens (%(default)s)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the activations (%(default)s)")
     add("--search", type=int, default=8, metavar="N", help="configs per product (%(default)s)")
     add("--time-limit", type=float, default=600.0, help="seconds for everything (%(default)s)")
     add("--hold-limit", type=float, default=40.0, help="seconds for one config (%(default)s)")
@@ -129,6 +132,7 @@ def work(args: argparse.Namespace) -> None:
         search=args.search,
         launches=args.launches,
         rotate_bytes=args.rotate_mb * 1e6,
+        dtype=args.dtype,
     )
     work_through((tuple(task) for task in json.load(sys.stdin)), tuner.tune)
 
@@ -144,7 +148,7 @@ def measure(args: argparse.Namespace) -> bool:
     progress, said = Progress(), None
     with tempfile.TemporaryDirectory() as folder:
         args.lock = str(pathlib.Path(folder, "device"))
-        flags = flags_from(args, ("search", "launches", "rotate_mb", "lock"))
+        flags = flags_from(args, ("dtype", "search", "launches", "rotate_mb", "lock"))
         command = [sys.executable, __file__, "--worker", *flags]
         limits = {"time_limit": args.time_limit, "hold_limit": args.hold_limit}
         for task, found, error in run_pool(command, tasks, **limits):
@@ -167,8 +171,6 @@ def check(args: argparse.Namespace) -> None:
     Raises:
       ValueError: With the value and what is possible.
     """
-    from qjax.evaluation.products import check_products
-
     if args.source is not None:
         for name, value in vars(args).items():
             if name not in ("source", "output") and value != build_parser().get_default(name):

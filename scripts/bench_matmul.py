@@ -26,6 +26,7 @@ from qjax._device import compiler_options, device_info
 from qjax.evaluation.device_time import device_seconds
 from qjax.evaluation.isolated import check_files_and_limits, flags_from, print_rows, run_isolated
 from qjax.evaluation.products import (
+    DTYPES,
     MAX_ERROR,
     SHAPES,
     activations,
@@ -77,8 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--formats",
         default="bf16,int4,int4_g32,int4_g128_asym,int8,fp8,w8a8_fp8,w8a8_int8",
-        help="of the weights, names as in serve.py; bf16 is what others are compared with "
-        "(%(default)s)",
+        help="of the weights, names as in serve.py; bf16, plain weights of --dtype, is what others "
+        "are compared with (%(default)s)",
     )
     add(
         "--rows",
@@ -98,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="also N configs of the kernel, and half as many of others",
     )
     add("--every", action="store_true", help="report every config, not only the fastest")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the activations (%(default)s)")
     add("--rotate-mb", type=float, default=320.0, help="weights to rotate over (%(default)s)")
     add("--launches", type=int, default=24, help="launches per measurement (%(default)s)")
     add("--time-limit", type=float, default=300.0, help="seconds per process (%(default)s)")
@@ -119,6 +121,7 @@ class Row:
     backend: str
     device: str = ""
     jax: str = jax.__version__
+    dtype: str = "bfloat16"
     timing: str | None = None
     us: float | None = None
     longest_us: float | None = None
@@ -159,7 +162,7 @@ def measure(args: argparse.Namespace, row: Row, weights: Sequence[Any]) -> list[
     Returns:
       The fastest config (with ``--every`` all that ran), and every one that failed.
     """
-    x = activations(row.m, row.k)
+    x = activations(row.m, row.k, args.dtype)
     configs: list[tuple[Any, str]] = [(None, row.backend)]
     if row.backend == "mosaic_gpu":
         reason = unsupported_reason(x, weights[0])
@@ -241,9 +244,9 @@ def work(args: argparse.Namespace) -> None:
     fmt = parse_format(args.formats)
     for shape in args.shapes.split(","):
         k, n = shape_of(shape)
-        row = Row(shape, k, n, 0, args.formats, args.backends)
+        row = Row(shape, k, n, 0, args.formats, args.backends, dtype=args.dtype)
         w: Any = weight_values(jax.random.key(0), k, n)
-        w = w.astype(jnp.bfloat16) if fmt is None else quantize(w, fmt, dtype=jnp.bfloat16)
+        w = w.astype(args.dtype) if fmt is None else quantize(w, fmt, dtype=args.dtype)
         skipped = None
         if args.backends == "mosaic_gpu" and fmt is not None:
             skipped = pack_unsupported_reason(w)
@@ -260,7 +263,7 @@ def work(args: argparse.Namespace) -> None:
 
 def run_child(args: argparse.Namespace, name: str, backend: str) -> list[Row]:
     """Measure one format on one backend in a child process."""
-    flags = flags_from(args, ("shapes", "rows", "search", "rotate_mb", "launches"))
+    flags = flags_from(args, ("shapes", "rows", "search", "dtype", "rotate_mb", "launches"))
     flags += ["--formats", name, "--backends", backend, *(["--every"] if args.every else [])]
     found, reason = run_isolated(__file__, flags, args.time_limit)
     rows = [Row(**row) for row in found]

@@ -51,6 +51,10 @@ def shape_of(name: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
+DTYPES = ("bfloat16", "float16")
+"""Types of activations that the kernels take."""
+
+
 def check_products(formats: str, shapes: str, rows: str) -> None:
     """Refuse what is not lists, parted by commas, of formats, shapes and numbers of rows.
 
@@ -66,9 +70,9 @@ def check_products(formats: str, shapes: str, rows: str) -> None:
         raise ValueError(f"--rows {rows!r} must be numbers such as 1,64")
 
 
-def activations(m: int, k: int) -> jax.Array:
-    """Random activations ``(m, k)`` in bfloat16, the same in every process."""
-    return jax.random.normal(jax.random.key(m), (m, k), jnp.float32).astype(jnp.bfloat16)
+def activations(m: int, k: int, dtype: str = "bfloat16") -> jax.Array:
+    """Random activations ``(m, k)``, the same in every process."""
+    return jax.random.normal(jax.random.key(m), (m, k), jnp.float32).astype(dtype)
 
 
 def weight_values(key: jax.Array, k: int, n: int) -> jax.Array:

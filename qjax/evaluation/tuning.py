@@ -67,6 +67,7 @@ class Tuner:
       search: See ``kernel_configs``.
       launches: Per config, at least.
       rotate_bytes: Copies of a weight are as large together, so that no cache serves them.
+      dtype: Type of the activations.
       seconds: ``device_seconds``, or another for a test.
     """
 
@@ -77,12 +78,14 @@ class Tuner:
         search: int,
         launches: int,
         rotate_bytes: float,
+        dtype: str = "bfloat16",
         seconds: Callable[..., tuple[list[list[float]], str]] = device_seconds,
     ) -> None:
         self.turn = turn
         self.search = search
         self.launches = launches
         self.rotate_bytes = rotate_bytes
+        self.dtype = dtype
         self.seconds = seconds
         self._weights: dict[tuple[str, str], list[Any]] = {}
         self._platform = jax.devices()[0].platform
@@ -106,7 +109,7 @@ class Tuner:
         except NotImplementedError as error:
             yield {**row, "error": str(error)}
             return
-        x = self._run(jax.jit(lambda: activations(m, k)))
+        x = self._run(jax.jit(lambda: activations(m, k, self.dtype)))
         reason = self._unsupported_reason(x, weights[0])
         if reason is not None:
             yield {**row, "error": reason}
@@ -141,7 +144,7 @@ class Tuner:
 
             def make() -> Any:
                 w = weight_values(jax.random.key(0), k, n)
-                return pack_for_mosaic(quantize(w, fmt, dtype=jnp.bfloat16))
+                return pack_for_mosaic(quantize(w, fmt, dtype=self.dtype))
 
             first = self._run(jax.jit(make))
             copies = 1
