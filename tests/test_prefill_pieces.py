@@ -150,15 +150,26 @@ def test_one_chunk_or_two_and_any_slots():
     assert relative_error(second[::-1], whole[:, 4:]) < BF16_OPERANDS
 
 
-def test_a_row_does_not_depend_on_what_others_have_stored():
+def queries_back(q: Any, *_: Any, **__: Any) -> Any:
+    return q, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
+
+
+def twice_the_queries(q: Any, *_: Any, **__: Any) -> Any:
+    return q * q.dtype.type(2), jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
+
+
+def test_a_row_does_not_depend_on_what_others_have_stored(monkeypatch):
     """Beside padding or a row that has stored tokens it takes other branches: the same bits."""
+    monkeypatch.setattr(_compat, "cudnn_causal_attention", queries_back)
+    monkeypatch.setattr(_compat, "cudnn_attention", twice_the_queries)
     cache = filled(INT8, [5, 9])
-    q = normal(4, (2, 5, 4, 8))
+    q = np.asarray(jnp.asarray(normal(4, (2, 5, 4, 8))).astype(jnp.bfloat16), np.float32)
     full = run(cache, q, np.tile(np.arange(5), (2, 1)), [5, 5], [0, 1])
     padded = run(cache, q, np.tile(np.arange(5), (2, 1)), [5, 0], [0, 1])
     stored = run(cache, q, np.array([[0], [4]]) + np.arange(5), [5, 9], [0, 1])
-    assert (full[0] == padded[0]).all() and not padded[1].any()
-    assert (full[0] == stored[0]).all() and stored[1].any()
+    assert (full == q).all() and (padded[0] == q[0]).all() and (stored[0] == q[0]).all()
+    assert not padded[1].any()
+    assert relative_error(stored[1], 1.5 * q[1]) < BF16_OPERANDS
 
 
 def test_size_of_pieces():
@@ -187,12 +198,8 @@ def test_size_of_pieces():
 
 def test_without_stored_tokens_no_copy_in_float32(monkeypatch):
     """Nor any other array of all queries than cuDNN's result and what clears padding in it."""
-
-    def lse(q):
-        return jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
-
-    monkeypatch.setattr(_compat, "cudnn_causal_attention", lambda q, k, v, **_: (q, lse(q)))
-    monkeypatch.setattr(_compat, "cudnn_attention", lambda q, *_, **__: (q, lse(q)))
+    monkeypatch.setattr(_compat, "cudnn_causal_attention", queries_back)
+    monkeypatch.setattr(_compat, "cudnn_attention", twice_the_queries)
     cache = filled(INT8, [5, 9])
     q = jax.ShapeDtypeStruct((2, 5, 4, 8), jnp.bfloat16)
     i32 = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 5), (2,), (2,))]
