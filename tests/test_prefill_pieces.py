@@ -172,27 +172,6 @@ def test_a_row_does_not_depend_on_what_others_have_stored(monkeypatch):
     assert relative_error(stored[1], 1.5 * q[1]) < BF16_OPERANDS
 
 
-def test_result_type():
-    """Of full, padded and stored chunks: what cuDNN gives, or its merged parts, in float16."""
-    cache = filled(INT8, np.array([9, 9]))
-    q = jnp.asarray(normal(3, (2, 3, 4, 8)), jnp.bfloat16)
-    i32 = jnp.int32
-
-    @jax.jit
-    def call(q, first, lengths):
-        where = first[:, None] + jnp.arange(3, dtype=i32)[None], jnp.arange(2, dtype=i32), lengths
-        wide, half = (
-            prefill_by_cudnn(q, cache, 0, *where, 0.5, out_dtype=d)
-            for d in (jnp.float32, jnp.float16)
-        )
-        return wide, half
-
-    for first, lengths in (([0, 0], [3, 3]), ([0, 0], [3, 2]), ([6, 0], [9, 3])):
-        wide, half = call(q, jnp.asarray(first, i32), jnp.asarray(lengths, i32))
-        assert half.dtype == jnp.float16 and np.abs(half).max() > 0
-        assert (half == wide.astype(jnp.float16)).all()
-
-
 def test_size_of_pieces():
     """Four chunks of tokens, within a budget, in equal parts of what the table has room for."""
 
