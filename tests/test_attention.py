@@ -149,31 +149,6 @@ def test_formats_at_page_edges(form, fmt, dtype, heads, ratio, dim, tolerance):
     assert padded.any() and np.abs(out[padded]).max() == 0
 
 
-@pytest.mark.parametrize("form", ["decode", "prefill"])
-@pytest.mark.parametrize("fmt", [BF16, KVFormat("float8_e4m3fn", "static")], ids=lambda f: f.name)
-def test_result_type(form, fmt):
-    """float16 from bfloat16 queries: of the float32 result, not of one rounded to bfloat16."""
-    lengths = np.array(EDGES)
-    cache = filled(fmt, lengths)
-    t = 1 if form == "decode" else 3
-    q = jnp.asarray(normal(2, (len(EDGES), t, 4, 8)), jnp.bfloat16)
-    positions = last(lengths) - np.arange(t)[::-1]
-    slots, n = jnp.arange(len(EDGES), dtype=jnp.int32), jnp.asarray(lengths, jnp.int32)
-
-    def call(q):
-        where = jnp.asarray(positions, jnp.int32), slots, n
-        options = {"scale": 8**-0.5, "backend": "xla"}
-        types = (None, jnp.bfloat16, jnp.float16, jnp.float32)
-        return [paged_attention(q, cache, 0, *where, out_dtype=d, **options) for d in types]
-
-    default, low, half, wide = jax.jit(call)(q)
-    assert (half.dtype, wide.dtype) == (jnp.float16, jnp.float32)
-    assert default.dtype == jnp.bfloat16 and (default == low).all()
-    assert (half == wide.astype(jnp.float16)).all() and (low == wide.astype(jnp.bfloat16)).all()
-    want = reference(q, *contents(cache), positions, lengths, 8**-0.5)
-    assert relative_error(half.astype(jnp.float32), want) < ATTENTION_BF16  # the probabilities'
-
-
 @pytest.mark.parametrize("window", [1, 3, 50])
 def test_sliding_window_in_every_form(window, monkeypatch):
     lengths = np.array([12, 7])
@@ -323,8 +298,6 @@ def test_backends_and_arguments_are_refused_with_a_reason():
         call(backend="triton")
     with pytest.raises(ValueError, match="soft_cap=0 must be positive"):
         call(soft_cap=0)
-    with pytest.raises(ValueError, match="out_dtype=float8_e4m3fn must be bfloat16, float16 or"):
-        call(out_dtype=jnp.float8_e4m3fn)
     with pytest.raises(ValueError, match="layer=1 must be in 0..0"):
         call(layer=1)
     with pytest.raises(ValueError, match="multiple of the cache's 2 KV heads"):

@@ -12,7 +12,7 @@ from qjax.ops._dispatch import choose_backend, kernels_by_default
 from qjax.ops._prefill import prefill_unsupported_reason
 from qjax.ops.key_bias import KeyBias
 from qjax.pallas_kernels import paged_decode
-from qjax.typing import Array, DType
+from qjax.typing import Array
 
 # Whether cuDNN attends over chunks of consecutive tokens without being asked for. Its tests pass on
 # the GPU, but it has not been timed against XLA's form.
@@ -108,7 +108,6 @@ def decode_by_kernel(
     soft_cap: float | None = None,
     key_bias: KeyBias | None = None,
     *,
-    out_dtype: DType | None = None,
     config: paged_decode.Config | None = None,
     interpret: bool = False,
 ) -> Array:
@@ -126,12 +125,11 @@ def decode_by_kernel(
       soft_cap: Soft cap or None.
       key_bias: What the stored keys lack, or None. Its part of the logits is computed here, for
         all positions that the page tables have room for.
-      out_dtype: Result type; ``q.dtype`` by default.
       config: How the kernel cuts up the work; its heuristic by default.
       interpret: Run in the Pallas interpreter.
 
     Returns:
-      Like ``q``, in ``out_dtype``.
+      Like ``q``.
     """
     position = positions[:, 0]
     stop = jnp.where((position >= 0) & (position < lengths), position + 1, 0)
@@ -154,7 +152,6 @@ def decode_by_kernel(
         scale=scale,
         soft_cap=soft_cap,
         logit_bias=logit_bias,
-        out_dtype=out_dtype,
         config=config,
         interpret=interpret,
     )

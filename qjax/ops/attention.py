@@ -17,6 +17,7 @@ what follows here is its specification, and runs everywhere.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import cast
@@ -26,7 +27,6 @@ import jax.numpy as jnp
 
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat
-from qjax.ops._masked import contract, finite, masked_attention
 from qjax.ops._paged import choose_attention_backend, decode_by_kernel
 from qjax.ops._prefill import prefill_by_cudnn
 from qjax.ops.key_bias import KeyBias
@@ -52,7 +52,6 @@ def paged_attention(
     soft_cap: float | None = None,
     key_bias: KeyBias | None = None,
     consecutive: bool = False,
-    out_dtype: DType | None = None,
     backend: str | None = None,
 ) -> Array:
     """Causal attention of new tokens over everything their sequences have in the cache.
@@ -75,21 +74,18 @@ def paged_attention(
       soft_cap: Logits become ``soft_cap * tanh(logits / soft_cap)``; None for plain ones.
       key_bias: What the stored keys lack, in layers whose format has ``without_key_bias``.
       consecutive: Whether the positions of every row follow each other, padding last.
-      out_dtype: Result type: bfloat16, float16 or float32; ``q.dtype`` by default. The sums are
-        float32 and rounded to it once, by XLA's form and the decode kernel; cuDNN's results have
-        ``q.dtype`` before. Values beyond float16's 65504 become infinities in it.
       backend: ``"mosaic_gpu"`` (one new token per row, on Hopper), ``"cudnn"`` (several consecutive
         ones, on NVIDIA GPUs), ``"xla"``, or None for the fastest supported one; see
         ``ops._paged.paged_attention_unsupported_reason`` and
         ``ops._prefill.prefill_unsupported_reason``.
 
     Returns:
-      ``[b, t, q_heads, head_dim]`` in ``out_dtype``; zeros for padding and sequences of length 0.
+      ``[b, t, q_heads, head_dim]`` in ``q.dtype``. Padding, and sequences of length 0, give zeros.
 
     Raises:
       ValueError: If shapes disagree, ``q_heads`` is not a multiple of the KV heads, the window or
-        the soft cap is not positive, ``key_bias`` and the layer's format disagree, the result type
-        is none of the three, or the backend is unknown.
+        the soft cap is not positive, ``key_bias`` and the layer's format disagree, or the backend
+        is unknown.
       NotImplementedError: If the named backend cannot run; says why.
 
     References:
@@ -102,7 +98,6 @@ def paged_attention(
             "must be given where, and only where, keys are stored without it"
         )
     _check_soft_cap(soft_cap)
-    out_dtype = _result_dtype(q.dtype, out_dtype)
     backend = choose_attention_backend(
         q, cache, layer, window, soft_cap, consecutive=consecutive, backend=backend
     )
@@ -122,13 +117,10 @@ def paged_attention(
             window,
             soft_cap,
             key_bias,
-            out_dtype=out_dtype,
         )
         return out.reshape(q.shape)
     if backend == "cudnn":
-        return prefill_by_cudnn(
-            q, cache, layer, positions, slots, lengths, scale, out_dtype=out_dtype
-        )
+        return prefill_by_cudnn(q, cache, layer, positions, slots, lengths, scale)
     # The partial results of the page-major form take one row per table entry, which must not be
     # much more than one per page.
     entries = cache.max_seqs * cache.pages_per_seq
@@ -137,7 +129,7 @@ def paged_attention(
     else:
         form = _prefill
     out = form(queries, cache, layer, positions, slots, lengths, scale, window, key_bias, soft_cap)
-    return out.reshape(q.shape).astype(out_dtype)
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 def _check_paged(
@@ -175,17 +167,6 @@ def _check_soft_cap(soft_cap: float | None) -> None:
         raise ValueError(f"{soft_cap=} must be positive and finite, or None for plain logits")
 
 
-def _result_dtype(q_dtype: DType, out_dtype: DType | None) -> DType:
-    if out_dtype is None:
-        return q_dtype
-    if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise ValueError(
-            f"out_dtype={jnp.dtype(out_dtype).name} must be bfloat16, float16 or float32, or None "
-            "for the type of q"
-        )
-    return jnp.dtype(out_dtype)
-
-
 def _soft_capped(logits: Array, soft_cap: float | None) -> Array:
     if soft_cap is None:
         return logits
@@ -204,6 +185,17 @@ def _compute_dtype(q_dtype: DType, fmt: KVFormat) -> DType:
     if q_dtype == jnp.float16 and fmt.dtype == "float16":
         return q_dtype
     return jnp.dtype(jnp.float32)
+
+
+def _contract(spec: str, x: Array, y: Array) -> Array:
+    """einsum with float32 accumulation; float32 operands are not rounded to TF32 or bfloat16."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _finite(m: Array) -> Array:
+    """A row maximum that may be subtracted: 0 for rows that see nothing."""
+    return jnp.where(m == -jnp.inf, jnp.float32(0), m)
 
 
 def _visible(key: Array, query: Array, length: Array, window: int | None) -> Array:
@@ -254,7 +246,7 @@ def _decode(
                 key_scales, value_scales = pick(key_scales), pick(value_scales)
         with jax.named_scope("logits"):
             k = decode_codes(pick(cache.keys[layer]), fmt, dtype)
-            logits = contract("pkgd,pksd->pkgs", query.astype(dtype), k) * jnp.float32(scale)
+            logits = _contract("pkgd,pksd->pkgs", query.astype(dtype), k) * jnp.float32(scale)
             logits = _times_scale(logits, key_scales, fmt, lambda s: s[:, :, None, :])
             if key_bias is not None and at_offsets is not None:
                 known = key_bias.logits(query, number * page_size, at_offsets)
@@ -262,12 +254,12 @@ def _decode(
             logits = _soft_capped(logits, soft_cap)
         logits = jnp.where(seen, logits, -jnp.inf)
         m = jnp.max(logits, axis=-1)
-        p = jnp.exp(logits - finite(m)[..., None])
+        p = jnp.exp(logits - _finite(m)[..., None])
         total = jnp.sum(p, axis=-1)
         with jax.named_scope("values"):
             p = _times_scale(p, value_scales, fmt, lambda s: s[:, :, None, :])
             v = decode_codes(pick(cache.values[layer]), fmt, dtype)
-            return m, total, contract("pkgs,pksd->pkgd", p.astype(dtype), v)
+            return m, total, _contract("pkgs,pksd->pkgd", p.astype(dtype), v)
 
     def by_page() -> tuple[Array, Array, Array]:
         """Every page once, with the query of the row that owns it."""
@@ -302,7 +294,7 @@ def _decode(
     # Without a look at what is shared right now: the program must not depend on it.
     m, total, partial = by_entry() if cache.share_pages else by_page()
     # Merge in page order: [b, entries, kv_heads, ratio].
-    weight = jnp.exp(m - finite(jnp.max(m, axis=1, keepdims=True)))
+    weight = jnp.exp(m - _finite(jnp.max(m, axis=1, keepdims=True)))
     total = jnp.sum(weight * total, axis=1)
     out = jnp.sum(weight[..., None] * partial, axis=1)
     return _normalized(out, total)[:, None]
@@ -348,7 +340,7 @@ def _prefill(
         key_scale, value_scale = cache.key_scales[layer], cache.value_scales[layer]
         with jax.named_scope("logits"):
             k = decode_codes(gather(cache.keys[layer], rows), fmt, dtype)
-            logits = contract("bkgtd,bksd->bkgts", query, k) * jnp.float32(scale)
+            logits = _contract("bkgtd,bksd->bkgts", query, k) * jnp.float32(scale)
             logits = _times_scale(
                 logits, key_scale, fmt, lambda s: gather(s, rows)[:, :, None, None, :]
             )
@@ -359,14 +351,14 @@ def _prefill(
             logits = _soft_capped(logits, soft_cap)
         logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
         new_m = jnp.maximum(m, jnp.max(logits, axis=-1))
-        shift = finite(new_m)
+        shift = _finite(new_m)
         p = jnp.exp(logits - shift[..., None])
         fade = jnp.exp(m - shift)
         new_total = total * fade + jnp.sum(p, axis=-1)
         with jax.named_scope("values"):
             p = _times_scale(p, value_scale, fmt, lambda s: gather(s, rows)[:, :, None, None, :])
             v = decode_codes(gather(cache.values[layer], rows), fmt, dtype)
-            new_out = out * fade[..., None] + contract("bkgts,bksd->bkgtd", p.astype(dtype), v)
+            new_out = out * fade[..., None] + _contract("bkgts,bksd->bkgtd", p.astype(dtype), v)
         return new_m, new_total, new_out
 
     state = (
@@ -456,9 +448,49 @@ def attention(
         v.transpose(0, 2, 1, 3).astype(dtype),
         jnp.tile(seen, (1, group, 1))[:, None],
     )
-    out = (
-        masked_attention(*operands, scale)
-        .reshape(b, heads, group, t, head_dim)
-        .transpose(0, 3, 1, 2, 4)
-    )
+    # In float32 autodiff's own rules are as good, and forward mode works too.
+    if dtype.itemsize > 2:
+        out = _masked_attention_fwd(*operands, scale)[0]
+    else:
+        out = cast(Array, _masked_attention(*operands, scale))
+    out = out.reshape(b, heads, group, t, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(q.shape).astype(q.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _masked_attention(q: Array, k: Array, v: Array, seen: Array, scale: float) -> Array:
+    """``softmax(scale * q @ k.T where seen) @ v`` over the last two axes, float32 inside.
+
+    The backward pass multiplies in the operands' dtype, like the forward pass: autodiff would pair
+    the float32 cotangents with 16-bit operands, which XLA computes in float32.
+    """
+    return _masked_attention_fwd(q, k, v, seen, scale)[0]
+
+
+def _masked_attention_fwd(
+    q: Array, k: Array, v: Array, seen: Array, scale: float
+) -> tuple[Array, tuple[Array, ...]]:
+    logits = _contract("bktd,bksd->bkts", q, k) * jnp.float32(scale)
+    logits = jnp.where(seen, logits, -jnp.inf)
+    p = jnp.exp(logits - _finite(jnp.max(logits, axis=-1, keepdims=True)))
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    p = (p / jnp.where(total > 0, total, jnp.float32(1))).astype(q.dtype)
+    return _contract("bkts,bksd->bktd", p, v), (q, k, v, p)
+
+
+def _masked_attention_bwd(
+    scale: float, residuals: tuple[Array, ...], g: Array
+) -> tuple[Array, Array, Array, None]:
+    q, k, v, p = residuals
+    g = g.astype(q.dtype)
+    dp = _contract("bktd,bksd->bkts", g, v)
+    wide = p.astype(jnp.float32)
+    dlogits = wide * (dp - jnp.sum(dp * wide, axis=-1, keepdims=True))
+    dlogits = (dlogits * jnp.float32(scale)).astype(q.dtype)
+    dq = _contract("bkts,bksd->bktd", dlogits, k)
+    dk = _contract("bkts,bktd->bksd", dlogits, q)
+    dv = _contract("bkts,bktd->bksd", p, g)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_masked_attention.defvjp(_masked_attention_fwd, _masked_attention_bwd)

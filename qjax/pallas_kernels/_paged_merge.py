@@ -47,7 +47,6 @@ def call(out: Array, lse: Array, dtype: DType) -> Array:
                 splits=splits,
                 rows=count,
                 head_dim=head_dim,
-                bits=8 * jnp.dtype(dtype).itemsize,
                 dtype="bf16" if dtype == jnp.bfloat16 else "f16",
             )
 
@@ -79,7 +78,6 @@ def merge(
     splits: int,
     rows: int,
     head_dim: int,
-    bits: int,
     dtype: str,
 ) -> None:
     """What one thread does.
@@ -88,14 +86,13 @@ def merge(
       p: Where to emit.
       parts: Address of float32 ``[splits, rows, head_dim]``.
       sums: Address of float32 ``[splits, rows]``, log2 of sums of exponentials.
-      result: Address of ``[rows, head_dim]``.
+      result: Address of ``[rows, head_dim]``, 16 bits.
       scratch: Shared memory, ``4 * head_dim + 8`` floats.
       row: Which row.
       splits: How many parts.
       rows: How many rows.
       head_dim: A multiple of 32.
-      bits: Of the result, 16 or 32.
-      dtype: ``"bf16"`` or ``"f16"``; not used with 32 bits.
+      dtype: ``"bf16"`` or ``"f16"``.
     """
     thread = p.thread()
     warp, lane = p.shift_right(thread, 5), p.bits_and(thread, 31)
@@ -145,6 +142,5 @@ def merge(
         for w, weight in enumerate(weights):
             x = p.fma(weight, p.load_shared(at, 4 * head_dim * w), x)
         x = p.fmul(x, inverse)
-        value = p.float_bits(x) if bits == 32 else p.pack(x, x, dtype)
-        where = p.address(result, p.add(p.mul(row, head_dim), element), bits // 8)
-        p.store_global(where, value, bits, element, head_dim)
+        where = p.address(result, p.add(p.mul(row, head_dim), element), 2)
+        p.store_global(where, p.pack(x, x, dtype), 16, element, head_dim)

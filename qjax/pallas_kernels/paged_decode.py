@@ -91,7 +91,7 @@ class Problem:
       page_size: Tokens per page.
       pages_per_seq: Width of the page table.
       kind: Type of the stored values.
-      query: Type of the queries.
+      query: Type of the queries and of the result.
       token_scales: Whether every token has scales of its own.
       logit_bias: Whether a number for every query head and token is added to its logit.
     """
@@ -229,7 +229,6 @@ def decode(
     scale: float,
     soft_cap: float | None = None,
     logit_bias: Array | None = None,
-    out_dtype: DType | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Array:
@@ -251,16 +250,13 @@ def decode(
       logit_bias: float32 ``[b, kv_heads, ratio, bias_length(...)]``, added to the logits before the
         soft cap, in units of ``logit_factor``: ``q . k`` times that is what it is added to. Finite,
         also where nothing is visible. None for nothing to add.
-      out_dtype: Result type: bfloat16, float16 or float32; ``q.dtype`` by default. The float32 sums
-        are rounded to it once.
       config: How the work is cut up; ``heuristic_config`` by default.
       interpret: Run in the Pallas interpreter, on any device.
 
     Returns:
-      ``[b, kv_heads, ratio, head_dim]`` in ``out_dtype``; zeros where nothing is visible.
+      ``[b, kv_heads, ratio, head_dim]`` in ``q.dtype``; zeros where nothing is visible.
 
     Raises:
-      ValueError: If ``logit_bias`` or ``out_dtype`` is not as above.
       NotImplementedError: If the kernel or the config does not support the problem; says why.
     """
     b, heads, ratio, head_dim = q.shape
@@ -283,15 +279,12 @@ def decode(
             raise ValueError(
                 f"logit_bias {logit_bias.dtype}{logit_bias.shape} must be float32{expected}"
             )
-    out_dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
     reason = unsupported_reason(problem)
     if reason is None:
         config = heuristic_config(problem) if config is None else config
         reason = config_unsupported_reason(config, problem)
     if reason is not None or config is None:
         raise NotImplementedError(f"paged_decode.decode: {reason}")
-    if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise ValueError(f"out_dtype={out_dtype.name} must be bfloat16, float16 or float32")
     # Imported on first use: Mosaic GPU takes a third of a second to import and is not part of
     # every jaxlib.
     from qjax.pallas_kernels import _paged_body
@@ -308,7 +301,7 @@ def decode(
         value_scales,
         logit_bias,
         splits=config.splits,
-        out_dtype=jnp.dtype(jnp.float32) if config.splits > 1 else out_dtype,
+        out_dtype=jnp.dtype(jnp.float32 if config.splits > 1 else q.dtype),
         with_lse=config.splits > 1,
         from_zero=start is None,
         interpret=interpret,
@@ -316,10 +309,10 @@ def decode(
     if lse is None:
         return out[0]
     if interpret:
-        return merge(out, lse, out_dtype)
+        return merge(out, lse, q.dtype)
     from qjax.pallas_kernels import _paged_merge
 
-    return _paged_merge.call(out, lse, out_dtype)
+    return _paged_merge.call(out, lse, q.dtype)
 
 
 def merge(out: Array, lse: Array, dtype: DType) -> Array:

@@ -17,9 +17,7 @@ from typing import Any
 from tests.kernels.aot import TARGET
 
 
-def compile_problem(
-    problem: Any, config: Any, soft_cap: float | None, out_dtype: str | None, sharding: Any
-) -> dict:
+def compile_problem(problem: Any, config: Any, soft_cap: float | None, sharding: Any) -> dict:
     """Registers, bytes spilled and warnings of one problem, or the error."""
     import jax
     import jax.numpy as jnp
@@ -53,7 +51,7 @@ def compile_problem(
         added = shape((p.batch, p.kv_heads, p.ratio, length), jnp.float32)
 
     def run(added: Any, *arguments: Any) -> Any:
-        options = {"kind": p.kind, "soft_cap": soft_cap, "out_dtype": out_dtype, "config": config}
+        options = {"kind": p.kind, "soft_cap": soft_cap, "config": config}
         return paged_decode.decode(*arguments, scale=0.1, logit_bias=added, **options)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +155,7 @@ def compile_step(dtype: str, mode: str, tokens: int, sharding: Any) -> dict:
 
 
 def main() -> None:
-    """Read a JSON list of problems and of steps, each with the other arguments of its function."""
+    """Read a JSON list of (problem, config or null, soft cap) or (dtype, mode, tokens)."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     os.environ["JAX_PLATFORMS"] = ""
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
@@ -171,15 +169,14 @@ def main() -> None:
         platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET
     )
     sharding = SingleDeviceSharding(topology.devices[0])
-    for case in json.load(sys.stdin):
-        if isinstance(case[0], str):
-            dtype, mode, tokens = case
+    for first, config, soft_cap in json.load(sys.stdin):
+        if isinstance(first, str):
             with jax.default_device(jax.devices("cpu")[0]):
-                print(json.dumps(compile_step(dtype, mode, tokens, sharding)), flush=True)
+                print(json.dumps(compile_step(first, config, soft_cap, sharding)), flush=True)
             continue
-        problem, config, soft_cap, out_dtype = case
+        problem = first
         chosen = None if config is None else Config(**config)
-        report = compile_problem(Problem(**problem), chosen, soft_cap, out_dtype, sharding)
+        report = compile_problem(Problem(**problem), chosen, soft_cap, sharding)
         print(json.dumps(report), flush=True)
 
 

@@ -115,22 +115,19 @@ def by_kernel(
     sizes: Sizes,
     *,
     slots: list[int] | None = None,
-    out_dtype: str | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """The kernel's result, with the newest token of each sequence as the query."""
-    run = _kernel(sizes, out_dtype, config, interpret)
+    run = _kernel(sizes, config, interpret)
     slots = list(range(q.shape[0])) if slots is None else slots
     out = run(cache, q, jnp.asarray(lengths, jnp.int32), jnp.asarray(slots, jnp.int32))
-    assert out.dtype == (out_dtype or q.dtype)
+    assert out.dtype == q.dtype
     return out
 
 
 @functools.cache
-def _kernel(
-    sizes: Sizes, out_dtype: str | None, config: Config | None, interpret: bool
-) -> Callable[..., jax.Array]:
+def _kernel(sizes: Sizes, config: Config | None, interpret: bool) -> Callable[..., jax.Array]:
     """One function per config, so that equal shapes compile once."""
 
     def run(cache: QuantizedKVCache, q: jax.Array, n: jax.Array, slots: jax.Array) -> jax.Array:
@@ -145,7 +142,6 @@ def _kernel(
             sizes.window,
             sizes.soft_cap,
             key_bias(sizes) if cache.formats[0].without_key_bias else None,
-            out_dtype=out_dtype,
             config=config,
             interpret=interpret,
         )

@@ -70,20 +70,6 @@ def test_matches_float64(name: str) -> None:
     assert relative_error(out.astype(np.float32), want) < tolerance
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_float16_of_bfloat16_queries(splits: int) -> None:
-    """Stored by the kernel itself and by the merge: the error is that of float16, not bfloat16."""
-    sizes, lengths = Sizes(1, 2, 64), [130, 0]
-    cache = filled(KVFormat("float8_e4m3fn", "static"), lengths, sizes)
-    q, config = queries(sizes, 2), Config(64, 2, splits)
-    out = by_kernel(cache, q, lengths, sizes, out_dtype="float16", config=config, interpret=True)
-    want = reference(cache, q, lengths, sizes)
-    assert q.dtype == "bfloat16"
-    assert relative_error(out.astype(np.float32), want) < ATTENTION_F16
-    with pytest.raises(ValueError, match="out_dtype=int8 must be bfloat16, float16 or float32"):
-        by_kernel(cache, q, lengths, sizes, out_dtype="int8", config=config, interpret=True)
-
-
 def test_no_data_race_and_the_same_twice() -> None:
     """Four tiles through two slots; the interpreter watches every access."""
     races: Any = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")

@@ -9,10 +9,10 @@ import pytest
 
 from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.kv_format import KVFormat
-from qjax.ops._paged import decode_problem, paged_attention_unsupported_reason
+from qjax.ops._paged import paged_attention_unsupported_reason
 from qjax.ops.attention import paged_attention
 from qjax.ops.kv import append
-from qjax.pallas_kernels.paged_decode import Config, heuristic_config
+from qjax.pallas_kernels.paged_decode import Config
 from tests.kernels.attention_problems import (
     PLAIN,
     QUANTIZED,
@@ -86,25 +86,6 @@ def test_formats(fmt: KVFormat) -> None:
 @pytest.mark.parametrize("fmt", [E4M3, INT4], ids=lambda fmt: fmt.name)
 def test_float16_queries(fmt: KVFormat) -> None:
     _check(fmt, Sizes(dtype="float16"))
-
-
-@pytest.mark.parametrize("lengths", [[3000], [int(n) for n in range(0, 640, 10)]], ids=len)
-@pytest.mark.parametrize("fmt", [BF16, STATIC, E4M3], ids=lambda fmt: fmt.name)
-def test_float16_results_of_bfloat16_queries(fmt: KVFormat, lengths: list[int]) -> None:
-    """One sequence (splits and their merge) and 64 (the kernel stores): float16's error."""
-    sizes = Sizes(heads=8)
-    cache, q = filled(fmt, lengths, sizes), queries(sizes, len(lengths))
-    problem = decode_problem(q, cache, 0)
-    assert (heuristic_config(problem).splits > 1) == (len(lengths) == 1)
-    out = by_kernel(cache, q, lengths, sizes, out_dtype="float16")
-    want = reference(cache, q, lengths, sizes)
-    # Probabilities are bfloat16 beside values of bfloat16, else float16.
-    tolerance = ATTENTION_BF16 if fmt == BF16 else ATTENTION_F16
-    assert relative_error(np.asarray(out, np.float64), want) < tolerance
-    # The same sums, rounded once.
-    wide = by_kernel(cache, q, lengths, sizes, out_dtype="float32")
-    assert (out == wide.astype(jnp.float16)).all()
-    assert (by_kernel(cache, q, lengths, sizes) == wide.astype(jnp.bfloat16)).all()
 
 
 @pytest.mark.parametrize("dim", [64, 96, 256])
@@ -218,12 +199,6 @@ def test_through_paged_attention() -> None:
 
     out = jax.jit(call, static_argnums=1)(q, "mosaic_gpu")
     assert (out == by_kernel(cache, q, lengths, sizes)).all()
-    half = jax.jit(
-        lambda q: paged_attention(
-            q, cache, 0, n[:, None] - 1, slots, n, scale=sizes.scale, out_dtype=jnp.float16
-        )
-    )(q)
-    assert (half == by_kernel(cache, q, lengths, sizes, out_dtype="float16")).all()
     xla = jax.jit(call, static_argnums=1)(q, "xla")
     wide = (np.asarray(x, np.float64) for x in (out, xla))
     assert relative_error(*wide) < 2 * ATTENTION_BF16
