@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import jax
@@ -32,6 +34,21 @@ def compile_lowered(lowered: Any, options: dict[str, Any] | None) -> Any:
             for layout in program._xla_in_layouts
         ]
     return compiled
+
+
+@functools.cache
+def cudnn_unsupported_reason() -> str | None:
+    """Why jax's internal interface to cuDNN's attention cannot be used; None if it can."""
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo
+    except ImportError:
+        return f"jax {jax.__version__} has no module jax._src.cudnn.fused_attention_stablehlo"
+    library: Any = fused_attention_stablehlo
+    names = inspect.signature(library.dot_product_attention).parameters
+    wanted = {"scale", "mask_type", "return_residual"}
+    if not wanted <= set(names) or not {"CAUSAL", "PADDING"} <= set(dir(library.MaskType)):
+        return f"jax {jax.__version__} calls cuDNN's attention in another way"
+    return None
 
 
 def cudnn_attention(

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from qjax import _compat
+from qjax._device import device_info
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat
-from qjax.ops import _prefill
+from qjax.ops import _paged, _prefill
 from qjax.ops._prefill import prefill_by_cudnn, prefill_unsupported_reason
 from tests.test_attention import contents, filled, normal, reference
 from tests.tolerances import BF16_OPERANDS, relative_error
@@ -233,3 +234,29 @@ def test_reasons():
     assert "float32 queries" in reason(q.astype(jnp.float32))
     assert "window=4" in reason(window=4) and "soft_cap=5.0" in reason(soft_cap=5.0)
     assert "older than" in reason() or "cuDNN needs an NVIDIA GPU" in reason()
+
+
+def test_chosen_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = filled(INT8, [3])
+    q = jnp.zeros((1, 2, 4, 8), jnp.bfloat16)
+
+    def chosen(consecutive: bool = True, backend: str | None = None) -> str:
+        options = {"consecutive": consecutive, "backend": backend}
+        return _paged.choose_attention_backend(q, cache, 0, None, None, **options)
+
+    monkeypatch.setattr(_paged, "prefill_unsupported_reason", lambda *_: None)
+    monkeypatch.setattr(_paged, "kernels_by_default", lambda: True)
+    assert chosen() == "cudnn" and chosen(backend="xla") == "xla"
+    assert chosen(consecutive=False) == "xla"
+    monkeypatch.setattr(_paged, "kernels_by_default", lambda: False)
+    assert chosen() == "xla" and chosen(backend="cudnn") == "cudnn"
+
+
+@pytest.mark.parametrize(("architecture", "expected"), [("sm_75", "sm_80 or later"), ("sm_90", "")])
+def test_architectures(architecture: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = dataclasses.replace(device_info(), platform="gpu", architecture=architecture)
+    monkeypatch.setattr(_prefill, "device_info", lambda: info)
+    monkeypatch.setattr(_prefill, "JAX_VERSION", _prefill.MOSAIC_GPU_MIN_JAX)
+    q = jnp.zeros((1, 2, 4, 8), jnp.bfloat16)
+    reason = prefill_unsupported_reason(q, filled(INT8, [3]), 0, None, None) or ""
+    assert expected in reason and bool(expected) == bool(reason)

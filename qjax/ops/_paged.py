@@ -14,9 +14,6 @@ from qjax.ops.key_bias import KeyBias
 from qjax.pallas_kernels import paged_decode
 from qjax.typing import Array
 
-# Whether cuDNN attends over chunks of consecutive tokens without being asked for. Its tests pass on
-# the GPU, but it has not been timed against XLA's form.
-_CUDNN_BY_DEFAULT = False
 # Largest additive term of a step, for every query head and position of the page tables. What is
 # larger, such as 256 sequences of up to 131072 tokens, might not fit beside the model.
 _MAX_BIAS_BYTES = 1 << 30
@@ -33,7 +30,7 @@ def choose_attention_backend(
     backend: str | None,
 ) -> str:
     """``"mosaic_gpu"``, ``"cudnn"`` or ``"xla"``; arguments and errors as ``paged_attention``."""
-    if backend == "cudnn" or backend is None and _CUDNN_BY_DEFAULT and kernels_by_default():
+    if backend == "cudnn" or backend is None and kernels_by_default():
         reason = prefill_unsupported_reason(q, cache, layer, window, soft_cap)
         if reason is None and not consecutive:
             reason = "positions that need not be consecutive; cuDNN is for consecutive=True"

@@ -55,9 +55,12 @@ def prefill_unsupported_reason(
     if JAX_VERSION < MOSAIC_GPU_MIN_JAX:
         return f"jax {jax.__version__} is older than {'.'.join(map(str, MOSAIC_GPU_MIN_JAX))}"
     info = device_info()
-    if info.platform != "gpu" or not (info.architecture or "").startswith("sm_"):
+    architecture = info.architecture or ""
+    if info.platform != "gpu" or not architecture.startswith("sm_"):
         return f"the default device is a {info.kind}; cuDNN needs an NVIDIA GPU"
-    return None
+    if int(architecture.removeprefix("sm_")) < 80:
+        return f"{info.kind} is {architecture}; cuDNN's flash attention needs sm_80 or later"
+    return _compat.cudnn_unsupported_reason()
 
 
 def prefill_by_cudnn(
@@ -68,8 +71,6 @@ def prefill_by_cudnn(
     slots: Array,
     lengths: Array,
     scale: float,
-    *,
-    out_dtype: DType | None = None,
 ) -> Array:
     """``paged_attention`` where the positions of every row are consecutive.
 
@@ -81,12 +82,10 @@ def prefill_by_cudnn(
       slots: int32 ``[b]``.
       lengths: int32 ``[b]``, 0 for slots that do not exist.
       scale: Multiplier of the logits.
-      out_dtype: Result type; ``q.dtype`` by default. cuDNN rounds to ``q.dtype`` before.
 
     Returns:
-      Like ``q``, in ``out_dtype``; zeros for padding.
+      Like ``q``; zeros for padding.
     """
-    out_dtype = q.dtype if out_dtype is None else jnp.dtype(out_dtype)
     b, t = q.shape[:2]
     start = positions[:, 0]
     count = jnp.where(start >= 0, jnp.clip(lengths - start, 0, t), 0)
@@ -104,7 +103,7 @@ def prefill_by_cudnn(
 
     def full_chunks() -> Array:
         out, _ = _compat.cudnn_causal_attention(q, keys, values, scale=scale, with_lse=False)
-        return out.astype(out_dtype)
+        return out
 
     def first_chunks() -> Array:
         out = full_chunks()
@@ -146,7 +145,7 @@ def prefill_by_cudnn(
                 lambda i, state: _merged(state, attend_stored(i)),
                 state,
             )
-        return jnp.where(real[..., None, None], state[0], 0).astype(out_dtype)
+        return jnp.where(real[..., None, None], state[0], 0).astype(q.dtype)
 
     with jax.named_scope("attend"):
         # One branch of three, as every decision waits for the device.

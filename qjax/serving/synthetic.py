@@ -186,6 +186,7 @@ def random_cache(
     table = np.random.default_rng(seed).permutation(num_pages).astype(np.int32)
     cache = cache.with_page_table(table.reshape(batch, pages_per_seq))
     shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
+    cache = dataclasses.replace(cache, keys=(), values=())  # else they are in memory twice
     layers = range(config.num_layers)
 
     def contents(part: int) -> tuple[Array, ...]:

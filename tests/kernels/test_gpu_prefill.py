@@ -141,24 +141,6 @@ def test_same_bits_beside_padding_and_stored_tokens() -> None:
     assert (full == padded).all() and (full == stored).all()
 
 
-@pytest.mark.parametrize("start", [0, 100])
-def test_float16_results(start: int) -> None:
-    sizes, t = Sizes(heads=2), 64
-    cache = filled(FORMATS[1], [start + t], sizes)
-    q = jnp.asarray(np.random.default_rng(3).normal(size=(1, t, 8, 128)), jnp.bfloat16)
-    positions = start + jnp.arange(t, dtype=jnp.int32)[None]
-    where = positions, jnp.zeros((1,), jnp.int32), jnp.full((1,), start + t, jnp.int32)
-
-    def call(q: jax.Array, backend: str) -> jax.Array:
-        options = {"scale": sizes.scale, "consecutive": True, "backend": backend}
-        return paged_attention(q, cache, 0, *where, out_dtype=jnp.float16, **options)
-
-    run = jax.jit(call, static_argnums=1)
-    out, want = run(q, "cudnn"), run(q, "xla")
-    assert out.dtype == want.dtype == jnp.float16
-    assert relative_error(np.asarray(out, np.float64), np.asarray(want)) < BF16_OPERANDS
-
-
 def test_head_dims() -> None:
     for dim in (64, 96, 256):
         _both(FORMATS[2], [100, 0], [64, 64], 64, dim)
