@@ -116,6 +116,8 @@ def _unpack(w: PackedWeight) -> QuantizedArray:
         return _unpack(_reordered(w, alternating=False))
     k, n = w.shape
     codes = _layout.unpack_words(w.words, _codes.CODES[w.kind].bits)
+    if w.fmt.activation is not None:
+        codes = _layout.int8_order(codes, inverse=True)
     tile_k, tile_n = w.tiles
     zero_point = None
     if w.scales is None:
@@ -232,10 +234,13 @@ def _w8a8() -> Any:
 
 @functools.partial(jax.jit, static_argnums=1)
 def pack_for_registers(w: QuantizedArray, compute: str) -> PackedWeight:
-    """``pack_for_mosaic`` without its checks, whatever the activations."""
+    """``pack_for_mosaic`` without its checks, whatever the activations (W4A8 has its own order)."""
     k, n = w.shape
     kind = w.qvalue.dtype.name
-    words = _layout.pack_words(_codes.to_unsigned(w.qvalue, kind), _codes.CODES[kind].bits)
+    codes = _codes.to_unsigned(w.qvalue, kind)
+    if w.fmt.activation is not None:
+        codes = _layout.int8_order(codes)
+    words = _layout.pack_words(codes, _codes.CODES[kind].bits)
     group_size = _group_size(w)
     rows = 1 if group_size is None else k // group_size
 

@@ -2,7 +2,7 @@
 
 ``packed.pack_for_mosaic`` comes here with a weight whose format names activations; everything else
 about packed weights holds for it too. 8-bit codes become a ``PackedW8A8``. int4 codes with int8
-activations (W4A8) are packed as for 16-bit activations: the same words serve both.
+activations (W4A8) are packed as for 16-bit activations, in ``_layout.int8_order``.
 """
 
 from __future__ import annotations
@@ -212,8 +212,7 @@ def dot(
             scales = jnp.broadcast_to(xq.scale, blocks), w.scales
         out = w8a8.matmul(xq.codes, w.words, *scales, **options)
     else:
-        codes = weight_only_large.int8_order(xq.codes)
         out = weight_only_large.matmul(
-            codes, w.words, w.scales, w.column, xq.scale, kind=w.kind, **options
+            xq.codes, w.words, w.scales, w.column, xq.scale, kind=w.kind, **options
         )
     return out.reshape(*out.shape[:-2], *x.shape[:-1], w.shape[1])

@@ -14,6 +14,8 @@ A *weight tile* is 64 output features by 128 of the contraction (``BLOCK_K``). T
 * 4-bit: word ``s`` (one step of 16 columns) holds eight nibbles; nibble ``4 e + 2 c + half`` is the
   code of column tile ``2 s + c``. A mask therefore yields a pair ``e = 0, 1`` in the two halves of
   a register, as the packed 16-bit arithmetic wants it.
+  For int8 activations nibbles become bytes ``2 e + c``, columns ``4 (lane % 4) + 2 e + c`` of the
+  step: the contraction is put in that order before it is packed (``int8_order``).
 * 8-bit: word ``s`` (one step of 8 columns) holds four bytes; byte ``2 half + e`` is the code of
   column tile ``s``.
 
@@ -40,7 +42,7 @@ BLOCK_K = 128
 BLOCK_N = 64
 """Output features of a weight tile: the rows of one ``wgmma``."""
 
-PACKING_VERSION = 1
+PACKING_VERSION = 2
 """Of all that a packed weight holds: words, scales, offsets and columns. Checkpoints keep packed
 weights, so whoever changes what packing gives counts this up (a test compares digests)."""
 
@@ -122,6 +124,22 @@ def unpack_words(words: Array, bits: int) -> Array:
     order = [axes.index(name) for name in _AXES[bits] + _N_AXES]
     tiles = codes.astype(jnp.uint8).reshape(_extents(bits, axes, k, n)).transpose(order)
     return tiles.reshape(k, n)
+
+
+def int8_order(codes: Array, *, inverse: bool = False) -> Array:
+    """4-bit codes in the order that ``_unpack.unpack_int8`` turns into the usual one.
+
+    Args:
+      codes: ``(k, n)``, ``k`` a multiple of 16.
+      inverse: Undo it.
+
+    Returns:
+      The same, with row ``4 q + 2 e + c`` of each 16 moved to ``8 c + 2 q + e``.
+    """
+    k, n = codes.shape
+    if inverse:
+        return codes.reshape(k // 16, 2, 4, 2, n).transpose(0, 2, 3, 1, 4).reshape(k, n)
+    return codes.reshape(k // 16, 4, 2, 2, n).transpose(0, 3, 1, 2, 4).reshape(k, n)
 
 
 def swap_halves(x: Array, axis: int = -1, *, tile: int = 1, alternate: bool) -> Array:

@@ -69,7 +69,7 @@ def unpack_int8(words: Array, *, interpret: bool) -> Array:
     A word holds, for the 16 columns of its step, two rows of four codes. The codes of either row
     become four bytes, byte ``2 e + c`` that of column ``8 c + 2 q + e`` for the lanes whose number
     is ``q`` modulo 4; ``wgmma`` reads them as columns ``4 q`` to ``4 q + 3``. So the contraction is
-    in another order within each 16: that of ``weight_only_large.int8_order``.
+    put in another order within each 16 before it is packed: ``_layout.int8_order``.
 
     Args:
       words: int32 ``(4, 256)``, loaded with ``words_layout``.

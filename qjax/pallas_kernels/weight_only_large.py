@@ -24,8 +24,7 @@ multiplied by it after.
 W4A8 multiplies int4 by int8: a code in the upper half of a byte is 16 times its value, so that
 unpacking takes three instructions for eight codes (``_unpack.unpack_int8``). Sums of groups are
 exact integers, scaled and added to float32 totals: twice the registers, so tiles have up to 160
-tokens. The same packed weight serves: it is only the order of the activations within each 16 of the
-contraction that differs (``int8_order``).
+tokens. Such weights are packed in an order of their own (``_layout.int8_order``).
 
 References:
   Machete (vLLM): the transposed mixed-type product with ``wgmma``; see also ``w8a8``.
@@ -314,19 +313,6 @@ def search_space(p: Problem) -> list[Config]:
     return ranked[:2] + turned + ranked[2:]
 
 
-def int8_order(x: Array) -> Array:
-    """Activations in the order in which ``unpack_int8`` finds the codes of a packed weight.
-
-    Args:
-      x: ``(m, k)``.
-
-    Returns:
-      The same, with ``8 c + 2 q + e`` of each 16 of ``k`` moved to ``4 q + 2 e + c``.
-    """
-    m, k = x.shape
-    return x.reshape(m, k // 16, 2, 4, 2).transpose(0, 1, 3, 4, 2).reshape(m, k)
-
-
 def matmul(
     x: Array,
     words: Array,
@@ -345,8 +331,9 @@ def matmul(
     """``x @ weight`` for a packed weight; arguments and result as of ``weight_only.matmul``.
 
     Args:
-      x: Activations ``(m, k)``, float16, bfloat16, or int8 codes in ``int8_order``.
-      words: Packed codes, int32 ``(k / 128, n / 64, bits, 256)``.
+      x: Activations ``(m, k)``, float16, bfloat16, or int8 codes.
+      words: Packed codes, int32 ``(k / 128, n / 64, bits, 256)``; for int8 activations packed in
+        ``_layout.int8_order``.
       scales: ``(groups, 1, n)`` stored scales, or ``(groups, 2, n)`` scales and offsets, in
         ``stored_dtype`` of the type of ``x``; None without groups.
       column: float32 ``(n,)``, applied to the output.
