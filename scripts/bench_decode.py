@@ -57,6 +57,7 @@ PASSED_ON = (
     "batch_sizes",
     "context",
     "dtype",
+    "norm_dtype",
     "kv_cache_dtype",
     "kv_scale_mode",
     "backend",
@@ -85,6 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("bfloat16", "float16"),
         default="bfloat16",
         help="of activations and of all that is not quantized (%(default)s)",
+    )
+    add(
+        "--norm-dtype",
+        choices=("float16",),
+        help="type of normalised rows on their way to the kernels of weight-only formats (--dtype)",
     )
     add("--kv-cache-dtype", help="as in serve.py (16 bits, as --dtype)")
     add(
@@ -137,6 +143,7 @@ class Row:
     device: str = ""
     devices: int = 1
     dtype: str = "bfloat16"
+    norm_dtype: str | None = None
     jax: str = jax.__version__
     tokens_per_s: float | None = None
     ms_per_step: float | None = None
@@ -163,6 +170,7 @@ def measure(args: argparse.Namespace, name: str, batch: int, params: Any, mesh: 
         dot_backend=backend,
         attention_backend=backend,
         parallel=devices.parallel,
+        norm_dtype=None if args.norm_dtype is None else jnp.dtype(args.norm_dtype),
     )
     fmt = parse_kv_format(
         args.kv_cache_dtype, mode=args.kv_scale_mode or "tracked", model_dtype=module.dtype
@@ -215,6 +223,7 @@ def measure(args: argparse.Namespace, name: str, batch: int, params: Any, mesh: 
         device=info.kind,
         devices=devices.count,
         dtype=args.dtype,
+        norm_dtype=args.norm_dtype,
         tokens_per_s=batch / median,
         ms_per_step=median * 1e3,
         spread=(max(seconds) - min(seconds)) / median,
@@ -232,17 +241,18 @@ def work(args: argparse.Namespace) -> None:
     (name,) = args.formats.split(",")
     config = SHAPES[args.shape]
     batches = [int(part) for part in args.batch_sizes.split(",")]
+    dtype = jnp.dtype(args.dtype)
     try:
         mesh = tensor_parallel_mesh(args.tp_size) if args.tp_size > 1 else None
+        place = None if mesh is None else placer(config, mesh)
+        params = random_params(config, parse_format(name), dtype, place=place)
+        pack = None if args.backend == "auto" else False
+        options = {"pack": pack, "norm_dtype": args.norm_dtype, "mesh": mesh}
+        params, note = prepare_weights(params, dtype, **options)
     except ValueError as error:
         for batch in batches:
             print(json.dumps(dataclasses.asdict(failed(args, name, batch, str(error)))), flush=True)
         return
-    place = None if mesh is None else placer(config, mesh)
-    dtype = jnp.dtype(args.dtype)
-    params = random_params(config, parse_format(name), dtype, place=place)
-    pack = None if args.backend == "auto" else False
-    params, note = prepare_weights(params, dtype, pack=pack, mesh=mesh)
     print(note, file=sys.stderr)
     for batch in batches:
         try:
@@ -255,7 +265,7 @@ def work(args: argparse.Namespace) -> None:
 def failed(args: argparse.Namespace, name: str, batch: int, reason: str) -> Row:
     """A row without figures."""
     settings = args.shape, name, args.kv_cache_dtype, batch, args.context, args.backend
-    return Row(*settings, dtype=args.dtype, error=reason)
+    return Row(*settings, dtype=args.dtype, norm_dtype=args.norm_dtype, error=reason)
 
 
 def run_format(args: argparse.Namespace, name: str) -> list[Row]:
@@ -278,6 +288,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     ]
     for row in rows:
         name = row.format if row.dtype == "bfloat16" else f"{row.format}, {row.dtype}"
+        name += "" if row.norm_dtype is None else f", {row.norm_dtype} rows"
         head = f"| {name} | {row.kv_cache_dtype} | {row.batch} |"
         if row.tokens_per_s is None or row.ms_per_step is None or row.weight_bytes is None:
             lines.append(f"{head} {row.error} |||||| |")
@@ -333,6 +344,18 @@ def check(args: argparse.Namespace) -> None:
             f"--kv-scale-mode {args.kv_scale_mode}: --kv-cache-dtype {args.kv_cache_dtype} has no "
             "scales; choose fp8_e4m3, int8 or the like"
         )
+    if args.norm_dtype is not None:
+        if (args.dtype, args.backend, args.tp_size) != ("bfloat16", "auto", 1):
+            raise ValueError(
+                f"--norm-dtype {args.norm_dtype} is for kernels of a bfloat16 model on one device; "
+                "leave out --dtype, --backend and --tp-size"
+            )
+        for name in args.formats.split(","):
+            fmt = parse_format(name)
+            if fmt is None or fmt.activation is not None:
+                raise ValueError(
+                    f"--norm-dtype {args.norm_dtype} is for weight-only formats; {name} is none"
+                )
     check_files_and_limits(args)
     if not all(part.isdigit() and int(part) for part in args.batch_sizes.split(",")):
         raise ValueError(f"--batch-sizes {args.batch_sizes!r} must be numbers such as 1,64")

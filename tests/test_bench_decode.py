@@ -156,3 +156,23 @@ def test_float16():
     row = bench_decode.measure(args, "int4_g32", 2, params, None)
     assert row.error is None and (row.dtype, row.kv_cache_dtype) == ("float16", "f16")
     assert "| int4_g32, float16 | f16 | 2 |" in bench_decode.table([row])[2]
+
+
+def test_float16_rows(capsys, tmp_path, monkeypatch):
+    refused = {
+        ("--formats", "bf16,int4"): "bf16 is none",
+        ("--formats", "w8a8_fp8"): "w8a8_fp8 is none",
+        ("--formats", "int4", "--dtype", "float16"): "a bfloat16 model on one device",
+        ("--formats", "int4", "--backend", "xla"): "leave out --dtype, --backend",
+    }
+    for flags, message in refused.items():
+        assert bench_decode.main([*SMALL, "--norm-dtype", "float16", *flags]) != 0
+        assert message in capsys.readouterr().err
+    if jax.devices()[0].platform == "gpu":
+        return
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    output = tmp_path / "rows.jsonl"
+    flags = ["--formats", "int4", "--norm-dtype", "float16", "--batch-sizes", "1"]
+    bench_decode.main([*SMALL, *flags, "--output", str(output)])
+    (row,) = map(json.loads, output.read_text().splitlines())
+    assert "norm_dtype=float16 is for kernels: " in row["error"]

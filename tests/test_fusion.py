@@ -47,9 +47,11 @@ def _params(config: ModelConfig, fmt: QuantFormat | None) -> Params:
     return params if fmt is None else quantize_tree(params, {KERNELS: fmt})
 
 
+TOKENS = np.asarray([[1, 5, 9, 33, 2, 7]], np.int32)
+
+
 def _logits(module: Decoder, params: Params) -> np.ndarray:
-    tokens = jnp.asarray([[1, 5, 9, 33, 2, 7]], jnp.int32)
-    return np.asarray(module.apply({"params": params}, tokens)[0])
+    return np.asarray(module.apply({"params": params}, jnp.asarray(TOKENS))[0])
 
 
 @pytest.mark.parametrize(
@@ -122,3 +124,41 @@ def test_what_cannot_be_joined_says_why() -> None:
     assert "some have a perm" in str(fuse_unsupported_reason([int4, ordered]))
     assert "a perm of its own" in str(fuse_unsupported_reason([ordered, ordered]))
     assert "types differ" in str(fuse_unsupported_reason([w, w.astype(jnp.bfloat16)]))
+
+
+@pytest.mark.parametrize("fmt", [qjax.INT4_G32, qjax.FP8_E4M3_CHANNEL], ids=str)
+def test_normalised_rows_in_float16(fmt: QuantFormat) -> None:
+    """As close to the float32 model as with rows in bfloat16: other roundings decide."""
+    exact = _logits(Decoder(CONFIG, dtype=jnp.float32), _params(CONFIG, fmt))
+    errors = []
+    for norm_dtype in (None, jnp.float16):
+        params, note = prepare_weights(
+            _params(CONFIG, fmt), jnp.bfloat16, fuse=True, pack=True, norm_dtype=norm_dtype
+        )
+        module = Decoder(CONFIG, dtype=jnp.bfloat16, norm_dtype=norm_dtype)
+        logits = _logits(module, params)
+        program = jax.jit(lambda params, m=module: m.apply({"params": params}, TOKENS)[0])
+        assert ("6x128xf16" in program.lower(params).as_text()) == (norm_dtype is not None)
+        errors.append(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
+        assert ("4 take normalised rows in float16" in note) == (norm_dtype is not None)
+    layer = params["model"]["layers_0"]
+    assert layer["self_attn"]["qkv_proj"]["kernel"].compute == "float16"
+    assert layer["mlp"]["gate_up_proj"]["kernel"].compute == "float16"
+    assert layer["mlp"]["down_proj"]["kernel"].compute == "bfloat16"
+    assert errors[1] < 1.1 * errors[0] < 2.2 * tolerances.BF16_OPERANDS
+
+
+def test_rows_that_float16_may_not_hold_stay_in_bfloat16() -> None:
+    params = _params(CONFIG, qjax.INT4_G32)
+    # 128 values of a row have a norm of 128**0.5: the largest may be 11.3 * 3000 > 65504 / 2.
+    norm = params["model"]["layers_1"]["post_attention_layernorm"]
+    norm["weight"] = norm["weight"].at[7].set(-3000)
+    params, note = prepare_weights(
+        params, jnp.bfloat16, fuse=True, pack=True, norm_dtype=jnp.float16
+    )
+    assert "3 take normalised rows in float16" in note
+    assert params["model"]["layers_1"]["mlp"]["gate_up_proj"]["kernel"].compute == "bfloat16"
+    module = Decoder(CONFIG, dtype=jnp.bfloat16, norm_dtype=jnp.float16)
+    assert np.isfinite(_logits(module, params)).all()
+    with pytest.raises(ValueError, match="norm_dtype=float16 of a model in float32: it is float16"):
+        prepare_weights(params, jnp.float32, norm_dtype=jnp.float16)

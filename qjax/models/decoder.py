@@ -20,6 +20,7 @@ from qjax.models.config import ModelConfig
 from qjax.nn import Attention, GatedMLP, QuantDense, RMSNorm, TensorParallel
 from qjax.nn.layers import Taps, codes_format
 from qjax.ops.dot import quantized_dot
+from qjax.ops.packed import takes_float16
 
 
 class DecoderLayer(nn.Module):
@@ -32,6 +33,7 @@ class DecoderLayer(nn.Module):
       param_dtype: Dtype of freshly initialised parameters.
       dot_backend: Passed to ``quantized_dot``.
       attention_backend: Passed to ``paged_attention``.
+      norm_dtype: See ``Decoder``.
       sum_over: Mesh axis of the other devices; see ``Attention`` and ``GatedMLP``.
     """
 
@@ -41,6 +43,7 @@ class DecoderLayer(nn.Module):
     param_dtype: Any = jnp.float32
     dot_backend: str | None = None
     attention_backend: str | None = None
+    norm_dtype: Any = None
     sum_over: str | None = None
 
     @nn.compact
@@ -81,9 +84,9 @@ class DecoderLayer(nn.Module):
         norms: dict[str, Any] = {"backend": self.dot_backend, **dtypes}
         norm = RMSNorm(c.rms_norm_eps, name="input_layernorm", **norms)
         if delta is None:
-            h = norm(x)
+            h = norm(x, dtype=self._dtype("self_attn", "qkv_proj"))
         else:
-            x, h = norm(x, delta, self._codes("self_attn", "qkv_proj", x))
+            x, h = norm(x, delta, *self._input_of("self_attn", "qkv_proj", x))
         attn = Attention(
             layer=self.layer,
             num_q_heads=c.num_q_heads,
@@ -106,7 +109,7 @@ class DecoderLayer(nn.Module):
         )
         h, cache, attn_taps = attn(h, positions, cache, slots, valid)
         norm = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm", **norms)
-        x, h = norm(x, h, self._codes("mlp", "gate_up_proj", x))
+        x, h = norm(x, h, *self._input_of("mlp", "gate_up_proj", x))
         mlp = GatedMLP(
             c.intermediate_size,
             use_bias=c.mlp_bias,
@@ -124,10 +127,16 @@ class DecoderLayer(nn.Module):
             return (x, delta), cache, taps
         return x + delta.astype(jnp.float32).sum(0).astype(x.dtype), cache, taps
 
-    def _codes(self, block: str, name: str, x: jax.Array) -> QuantFormat | None:
-        """Format in which a projection takes its input from the kernel that normalises it."""
-        params = self.variables.get("params", {})
-        return codes_format(params.get(block, {}), name, x.shape, x.dtype)
+    def _input_of(self, block: str, name: str, x: jax.Array) -> tuple[QuantFormat | None, Any]:
+        """Format and type in which a projection takes its input from what normalises it."""
+        params = self.variables.get("params", {}).get(block, {})
+        return codes_format(params, name, x.shape, x.dtype), self._dtype(block, name)
+
+    def _dtype(self, block: str, name: str) -> Any:
+        """``norm_dtype`` for a projection that takes it."""
+        params = self.variables.get("params", {}).get(block, {})
+        taken = name in params and takes_float16(params[name]["kernel"])
+        return self.norm_dtype if taken else None
 
 
 class Embedding(nn.Module):
@@ -163,6 +172,7 @@ class Backbone(nn.Module):
     remat: bool = False
     dot_backend: str | None = None
     attention_backend: str | None = None
+    norm_dtype: Any = None
     parallel: TensorParallel | None = None
 
     @nn.compact
@@ -197,6 +207,7 @@ class Backbone(nn.Module):
                 layer=i,
                 dot_backend=self.dot_backend,
                 attention_backend=self.attention_backend,
+                norm_dtype=self.norm_dtype,
                 sum_over=None if p is None else p.axis,
                 name=f"layers_{i}",
                 **dtypes,
@@ -224,6 +235,8 @@ class Decoder(nn.Module):
       remat: Recompute layers in the backward pass instead of keeping their activations.
       dot_backend: Passed to ``quantized_dot``.
       attention_backend: Passed to ``paged_attention``.
+      norm_dtype: Type of normalised rows on their way to weights packed for float16 activations
+        (``serving.weights.prepare_weights``), if not ``dtype``.
       parallel: This is the program of one device under ``jax.shard_map``: parameters and cache are
         its part of those of the model (``models.sharding``); tokens and logits are the same on all.
     """
@@ -234,6 +247,7 @@ class Decoder(nn.Module):
     remat: bool = False
     dot_backend: str | None = None
     attention_backend: str | None = None
+    norm_dtype: Any = None
     parallel: TensorParallel | None = None
 
     @nn.compact
@@ -273,6 +287,7 @@ class Decoder(nn.Module):
             remat=self.remat,
             dot_backend=self.dot_backend,
             attention_backend=self.attention_backend,
+            norm_dtype=self.norm_dtype,
             parallel=self.parallel,
             name="model",
             **common,

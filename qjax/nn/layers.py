@@ -26,7 +26,7 @@ from qjax.ops.norm import (
     add_rms_norm_codes_unsupported_reason,
     rms_norm,
 )
-from qjax.ops.packed import PackedWeight
+from qjax.ops.packed import PackedWeight, takes_float16
 from qjax.ops.packed_w8a8 import takes_codes
 from qjax.quantized_array import QuantizedArray
 
@@ -95,12 +95,14 @@ class QuantDense(nn.Module):
             raise ValueError(f"packed kernel of shape {kernel.shape}; the layer needs {shape}")
         if not isinstance(kernel, QuantizedArray | PackedWeight):
             kernel = kernel.astype(self.dtype)
-        if not isinstance(x, QuantizedActivation):
+        if not isinstance(x, QuantizedActivation) and not (
+            x.dtype == jnp.float16 and takes_float16(kernel)
+        ):
             x = x.astype(self.dtype)
         if self.gated:
             if self.use_bias or self.keep_splits or self.out_dtype is not None:
                 raise ValueError("a gated product has no bias, no splits and no out_dtype")
-            return gated_dot(x, kernel, backend=self.backend)
+            return gated_dot(x, kernel, out_dtype=self.dtype, backend=self.backend)
         out_dtype = self.dtype if self.out_dtype is None else self.out_dtype
         ordered = getattr(kernel, "perm", None) is None
         if self.sum_over is not None and not ordered and not isinstance(x, QuantizedActivation):
@@ -129,7 +131,11 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, delta: jax.Array | None = None, codes: QuantFormat | None = None
+        self,
+        x: jax.Array,
+        delta: jax.Array | None = None,
+        codes: QuantFormat | None = None,
+        dtype: Any = None,
     ) -> Any:
         """Normalise, after adding to the residual stream if there is something to add.
 
@@ -137,22 +143,26 @@ class RMSNorm(nn.Module):
           x: ``(..., d)``.
           delta: ``(s, ..., d)``, added to ``x`` first; see ``add_rms_norm``.
           codes: With a delta: format in which the result is welcome, from ``codes_format``.
+          dtype: Of the result without codes; the layer's by default.
 
         Returns:
           ``(..., d)`` of ``dtype``, or a ``QuantizedActivation``; with a delta the new ``x`` as
           well, before it.
         """
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        dtype = self.dtype if dtype is None else dtype
         if delta is None:
-            return rms_norm(x, weight, self.eps, self.dtype)
+            return rms_norm(x, weight, self.eps, dtype)
         # A named backend is one for products; of rows that it does not take, XLA takes care here.
         backend = "xla" if self.backend == "xla" else None
         if backend == "xla" or x.dtype != self.dtype:
             codes = None
         if codes is not None and add_rms_norm_codes_unsupported_reason(x, codes) is None:
             return add_rms_norm_codes(x, delta, weight, self.eps, codes)
-        x, y = add_rms_norm(x, delta, weight, self.eps, backend=backend)
-        return x, y.astype(self.dtype)
+        # Where the stream has another type than the layer, rows are rounded to that type too.
+        given = None if dtype == self.dtype else dtype
+        x, y = add_rms_norm(x, delta, weight, self.eps, dtype=given, backend=backend)
+        return x, y.astype(dtype)
 
 
 class GatedMLP(nn.Module):

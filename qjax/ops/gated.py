@@ -20,27 +20,29 @@ from qjax.ops.packed import (
 )
 from qjax.pallas_kernels import weight_only, weight_only_large
 from qjax.quantized_array import QuantizedArray
-from qjax.typing import Array
+from qjax.typing import Array, DType
 
 
 def gated_dot(
     x: Array | QuantizedActivation,
     w: Array | QuantizedArray | PackedWeight,
     *,
+    out_dtype: DType | None = None,
     backend: str | None = None,
 ) -> Array:
     """``silu(x @ gate) * (x @ up)`` for gate and up side by side in one weight.
 
-    Both products are rounded to the type of ``x`` before the rest. For few rows and a weight packed
-    with ``alternating=True`` one kernel does it all, which spares their way through memory.
+    Both products are rounded to the type of the result before the rest. For few rows and a weight
+    packed with ``alternating=True`` one kernel does it all, which spares their way through memory.
 
     Args:
       x: Activations ``(..., k)``, as for ``quantized_dot``.
       w: Weight ``(k, 2 * f)``, gate left and up right, plain, quantized or packed.
+      out_dtype: Result type; ``x.dtype`` by default.
       backend: As for ``quantized_dot``.
 
     Returns:
-      ``(..., f)`` in ``x.dtype``.
+      ``(..., f)`` in ``out_dtype``.
 
     Raises:
       ValueError, NotImplementedError: As ``quantized_dot``.
@@ -51,24 +53,31 @@ def gated_dot(
     codes = isinstance(x, QuantizedActivation)
     if not codes and isinstance(w, PackedWeight) and w.alternating and x.shape[-1] == w.shape[0]:
         chosen = choose_backend("gated_dot", backend, packed_unsupported_reason(x, w))
-        if chosen == "mosaic_gpu" and (config := gated_config(x, w)) is not None:
-            return packed_dot(x, w, config=config, gated=True)
-    gate, up = jnp.split(quantized_dot(x, w, backend=backend), 2, axis=-1)
+        if (
+            chosen == "mosaic_gpu"
+            and (config := gated_config(x, w, out_dtype=out_dtype)) is not None
+        ):
+            return packed_dot(x, w, out_dtype=out_dtype, config=config, gated=True)
+    product = quantized_dot(x, w, out_dtype=out_dtype, backend=backend)
+    gate, up = jnp.split(product, 2, axis=-1)
     return jax.nn.silu(gate) * up
 
 
-def gated_config(x: Array, w: PackedWeight) -> weight_only.Config | weight_only_large.Config | None:
+def gated_config(
+    x: Array, w: PackedWeight, *, out_dtype: DType | None = None
+) -> weight_only.Config | weight_only_large.Config | None:
     """The config of ``gated_dot`` by one kernel; None where two are needed, or better.
 
     Args:
       x: Activations that the kernels take.
       w: Packed weight.
+      out_dtype: Result type; ``x.dtype`` by default.
     """
     if not w.alternating:
         return None
-    problem = dataclasses.replace(packed_problem(x, w), gated=True)
+    problem = dataclasses.replace(packed_problem(x, w, out_dtype=out_dtype), gated=True)
     # That of the product alone, which may have been measured.
-    config, _ = packed_config(x, w)
+    config, _ = packed_config(x, w, out_dtype=out_dtype)
     large = isinstance(config, weight_only_large.Config)
     kernel: Any = weight_only_large if large else weight_only
     if (

@@ -40,7 +40,13 @@ def add_rms_norm_unsupported_reason(residual: Array) -> str | None:
 
 
 def add_rms_norm(
-    residual: Array, delta: Array, weight: Array, eps: float, *, backend: str | None = None
+    residual: Array,
+    delta: Array,
+    weight: Array,
+    eps: float,
+    *,
+    dtype: DType | None = None,
+    backend: str | None = None,
 ) -> tuple[Array, Array]:
     """Add to the residual stream and normalise it.
 
@@ -50,24 +56,28 @@ def add_rms_norm(
         returns them. Added in order in float32 and rounded to the type of ``residual``.
       weight: ``(d,)``.
       eps: Added to the mean square.
+      dtype: Type of the normalised rows; that of ``residual`` by default.
       backend: ``"xla"``, ``"mosaic_gpu"``, or None for the kernel where it can run.
 
     Returns:
-      The new residual and the normalised rows, in the type of ``residual``.
+      The new residual and the normalised rows.
 
     Raises:
       NotImplementedError: If the named backend cannot run; the message says why.
     """
     reason = add_rms_norm_unsupported_reason(residual)
+    dtype = jnp.dtype(residual.dtype if dtype is None else dtype)
     if choose_backend("add_rms_norm", backend, reason) == "xla":
-        return _reference(eps, residual, delta, weight)
-    return _by_kernel(eps, residual, delta, weight)
+        return _reference(eps, dtype, residual, delta, weight)
+    return _by_kernel(eps, dtype, residual, delta, weight)
 
 
-def _reference(eps: float, residual: Array, delta: Array, weight: Array) -> tuple[Array, Array]:
+def _reference(
+    eps: float, dtype: DType, residual: Array, delta: Array, weight: Array
+) -> tuple[Array, Array]:
     total = functools.reduce(jnp.add, [part.astype(_F32) for part in delta])
     residual = residual + total.astype(residual.dtype)
-    return residual, rms_norm(residual, weight, eps, residual.dtype)
+    return residual, rms_norm(residual, weight, eps, dtype)
 
 
 def add_rms_norm_codes_unsupported_reason(residual: Array, fmt: QuantFormat) -> str | None:
@@ -113,22 +123,27 @@ def add_rms_norm_codes(
     return out.reshape(residual.shape), normed
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_kernel(eps: float, residual: Array, delta: Array, weight: Array) -> tuple[Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_kernel(
+    eps: float, dtype: DType, residual: Array, delta: Array, weight: Array
+) -> tuple[Array, Array]:
     rows, d = math.prod(residual.shape[:-1]), residual.shape[-1]
     flat = delta.reshape(delta.shape[0], rows, d)
-    out, normed = kernel.add_rms_norm(residual.reshape(rows, d), flat, weight, eps)
+    rows_in = residual.reshape(rows, d)
+    out, normed = kernel.add_rms_norm(rows_in, flat, weight, eps, normed_dtype=dtype)
     return out.reshape(residual.shape), normed.reshape(residual.shape)
 
 
-def _forward(eps: float, *arguments: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    return _by_kernel(eps, *arguments), arguments
+def _forward(
+    eps: float, dtype: DType, *arguments: Array
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    return _by_kernel(eps, dtype, *arguments), arguments
 
 
 def _backward(
-    eps: float, arguments: tuple[Array, ...], cotangents: tuple[Array, Array]
+    eps: float, dtype: DType, arguments: tuple[Array, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array, ...]:
-    _, pull_back = jax.vjp(functools.partial(_reference, eps), *arguments)
+    _, pull_back = jax.vjp(functools.partial(_reference, eps, dtype), *arguments)
     return pull_back(cotangents)
 
 

@@ -312,6 +312,15 @@ def unpack_tree(params: PyTree) -> PyTree:
     )
 
 
+def takes_float16(w: Any) -> bool:
+    """Whether a weight was packed for float16 activations.
+
+    Args:
+      w: A weight: a plain array, a ``QuantizedArray`` or a ``PackedWeight``.
+    """
+    return isinstance(w, PackedWeight) and w.fmt.activation is None and w.compute == "float16"
+
+
 def packed_unsupported_reason(x: Array, w: PackedWeight, *, interpret: bool = False) -> str | None:
     """Why the kernel cannot compute ``x @ w`` here; None if it can.
 

@@ -61,7 +61,7 @@ def warpgroups(columns: int) -> int:
     return max((n for n in range(least, 9) if columns % (n * _VALUES) == 0), default=least)
 
 
-@lowered_once("eps", "codes", "blocks", "interpret")
+@lowered_once("eps", "codes", "blocks", "normed_dtype", "interpret")
 def add_rms_norm(
     residual: Array,
     delta: Array,
@@ -70,6 +70,7 @@ def add_rms_norm(
     *,
     codes: str | None = None,
     blocks: bool = False,
+    normed_dtype: DType | None = None,
     interpret: bool = False,
 ) -> tuple[Array, ...]:
     """The sum and its normalisation.
@@ -83,10 +84,11 @@ def add_rms_norm(
       codes: Give the normalised rows, rounded to the type of ``residual``, as codes of this type:
         one of ``_token_codes.KINDS``.
       blocks: With ``codes``: a scale for each 128 values of a row, rather than for the row.
+      normed_dtype: Type of the normalised rows without ``codes``; that of ``residual`` by default.
       interpret: Run in the Pallas interpreter.
 
     Returns:
-      The new residual and the normalised rows, both ``(m, d)`` in the type of ``residual``. With
+      The new residual and the normalised rows, both ``(m, d)``. With
       ``codes`` the new residual, codes and scales, the latter two as from ``token_codes``.
 
     Raises:
@@ -147,11 +149,12 @@ def add_rms_norm(
         x = (before.astype(jnp.float32) + added).astype(dtype)
         wide = x.astype(jnp.float32)
         mean_square = of_the_row(jnp.sum, jnp.add, wide * wide, exchanges[:used]) / columns
-        normed = (wide * lax.rsqrt(mean_square + eps) * factor).astype(dtype)
+        normed = wide * lax.rsqrt(mean_square + eps) * factor
         out[row, own] = x
         if codes is None:
-            outs[0][row, own] = normed
+            outs[0][row, own] = normed.astype(outs[0].dtype)
             return
+        normed = normed.astype(dtype)
         wide = normed.astype(jnp.float32)
         if blocks:
             largest = _token_codes.absmax(wide, 1)
@@ -162,7 +165,7 @@ def add_rms_norm(
         _token_codes.store_scales(scale, outs[1], own, out_row, outs[0].shape[0])
 
     out_types = [jax.ShapeDtypeStruct((rows, *view), dtype)]
-    out_types.append(jax.ShapeDtypeStruct((grid, *view), jnp.dtype(codes or dtype)))
+    out_types.append(jax.ShapeDtypeStruct((grid, *view), jnp.dtype(codes or normed_dtype or dtype)))
     if codes is not None:
         out_types.append(_token_codes.scales_type(rows, columns, blocks))
     exchange = () if alone else _token_codes.exchange(view[0], count, ctas)

@@ -20,6 +20,8 @@ from qjax.quantize import is_quantized
 from qjax.serving.devices import mesh_of
 from qjax.typing import DType, Params
 
+GATED = ("gate_up_proj",)
+
 
 def prepare_weights(
     params: Params,
@@ -27,6 +29,7 @@ def prepare_weights(
     *,
     fuse: bool | None = None,
     pack: bool | None = None,
+    norm_dtype: DType | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Params, str]:
     """Join projections that read the same input, and pack what the GPU's kernels take.
@@ -40,12 +43,25 @@ def prepare_weights(
       dtype: Compute type of the model, which is that of the activations.
       fuse: Whether to join projections; None does on GPUs, where launches count.
       pack: Whether to pack for the Mosaic GPU kernels; None does where they run.
+      norm_dtype: float16 packs joined projections of a bfloat16 model for normalised rows in
+        float16, in which their kernels are faster, where no such row can be too large for it. For a
+        ``Decoder`` with the same ``norm_dtype``.
       mesh: What the parameters are cut over; see ``Engine``.
 
     Returns:
       The parameters, and a line on what was done.
+
+    Raises:
+      ValueError: If there is no such ``norm_dtype`` for this model, or no kernel runs.
     """
     dtype = jnp.dtype(dtype)
+    if norm_dtype is not None:
+        norm_dtype = jnp.dtype(norm_dtype)
+        if (dtype, norm_dtype, mesh) != (jnp.bfloat16, jnp.float16, None):
+            raise ValueError(
+                f"norm_dtype={norm_dtype} of a model in {dtype}{' over a mesh' if mesh else ''}: "
+                "it is float16 for a bfloat16 model on one device; leave it out"
+            )
     if fuse is None:
         fuse = device_info().platform == "gpu"
     reason = mosaic_gpu_unsupported_reason()
@@ -54,13 +70,22 @@ def prepare_weights(
     if reason is None and not kernels_by_default() and mesh_of(params, mesh) is None:
         reason = "several devices, which XLA divides its own products between"
     pack = reason is None if pack is None else pack
+    if norm_dtype is not None and not pack:
+        raise ValueError(f"norm_dtype={norm_dtype} is for kernels: {reason or 'pack=False'}")
     root = cast(dict[str, Any], params)
     model = root["model"]
     left: Counter[str] = Counter()
+    half: list[str] = []
 
     def prepare(layer: Params) -> Params:
         layer = fuse_layer(layer) if fuse else layer
-        return pack_tree(layer, gated=("gate_up_proj",)) if pack else layer
+        if not pack:
+            return layer
+        for block, name in _of_float16_rows(layer) if norm_dtype is not None else ():
+            part = pack_tree({name: layer[block][name]}, compute="float16", gated=GATED)
+            layer = {**layer, block: {**layer[block], **part}}
+            half.append(name)
+        return pack_tree(layer, gated=GATED)
 
     pack_head: Callable[[Params], Params] = pack_tree
     if mesh is not None:
@@ -71,7 +96,27 @@ def prepare_weights(
         model[name] = prepare(layer) if fuse or pack else layer
     if pack and "lm_head" in root:
         root["lm_head"] = pack_head(root["lm_head"])
-    return params, _describe(params, fuse, reason if not pack else None, left)
+    return params, _describe(params, fuse, reason if not pack else None, left, len(half))
+
+
+def _of_float16_rows(layer: Params) -> list[tuple[str, str]]:
+    """Joined projections whose input, a normalised row, has no value beyond float16's range.
+
+    A row is ``weight * y`` with a ``y`` whose squares have a mean of at most 1: none of its ``d``
+    values is larger than ``d**0.5``. (Half of the range leaves room for roundings.)
+    """
+    found = []
+    for norm, block, name in (
+        ("input_layernorm", "self_attn", "qkv_proj"),
+        ("post_attention_layernorm", "mlp", "gate_up_proj"),
+    ):
+        weight = layer[norm]["weight"]
+        largest = float(jnp.abs(weight.astype(jnp.float32)).max()) * weight.shape[0] ** 0.5
+        kernel: Any = layer[block][name]["kernel"] if name in layer[block] else None
+        weight_only = is_quantized(kernel) and kernel.fmt.activation is None
+        if weight_only and largest < float(jnp.finfo(jnp.float16).max) / 2:
+            found.append((block, name))
+    return found
 
 
 class _KernelsPerDevice:
@@ -86,7 +131,7 @@ class _KernelsPerDevice:
         return unflatten_dict(flat | flatten_dict(self._function(unflatten_dict(kernels))))
 
 
-def _describe(params: Params, fuse: bool, reason: str | None, left: Counter[str]) -> str:
+def _describe(params: Params, fuse: bool, reason: str | None, left: Counter[str], half: int) -> str:
     leaves = jax.tree.leaves(
         params, is_leaf=lambda leaf: is_quantized(leaf) or isinstance(leaf, PackedWeight)
     )
@@ -97,6 +142,8 @@ def _describe(params: Params, fuse: bool, reason: str | None, left: Counter[str]
         parts = ["no quantized matrices"]
     elif reason is not None:
         parts.append(f"XLA multiplies ({reason})")
+    if half:
+        parts.append(f"{half} take normalised rows in float16")
     if fuse:
         parts.append("q, k, v and gate, up are joined")
         parts += [f"not in {count} layers: {note}" for note, count in left.items()]

@@ -18,7 +18,8 @@ def compile_case(case: dict[str, Any], sharding: Any) -> Report:
 
     Args:
       case: ``rows``, ``columns``, ``kind`` (of codes, or None), ``blocks``, and either ``gated`` or
-        ``splits`` (of what is added before the normalisation) and ``weight`` (its type).
+        ``splits`` (of what is added before the normalisation) and ``weight`` (its type); perhaps
+        ``normed``, the type of the normalised rows.
       sharding: Where arrays lie.
     """
     import jax
@@ -40,7 +41,7 @@ def compile_case(case: dict[str, Any], sharding: Any) -> Report:
     splits = case["splits"]
     return compile_program(
         lambda x, delta, weight: add_rms_norm.add_rms_norm(
-            x, delta, weight, 1e-5, codes=kind, blocks=blocks
+            x, delta, weight, 1e-5, codes=kind, blocks=blocks, normed_dtype=case.get("normed")
         ),
         array((rows, columns), "bfloat16"),
         array((splits, rows, columns), "float32" if splits > 1 else "bfloat16"),

@@ -167,3 +167,30 @@ def test_model(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
         errors.append(relative_error(logits, reference))
     print(name, batch, errors)
     assert 0 < errors[0] < 1.25 * errors[1] < 0.15
+
+
+@pytest.mark.parametrize("batch", [1, 64, 100])
+@pytest.mark.parametrize("name", ["int4", "fp8", "int8"])
+def test_model_with_float16_rows(name: str, batch: int) -> None:
+    """By kernels as by XLA."""
+    config = ModelConfig(
+        vocab_size=256,
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_layers=2,
+        num_q_heads=8,
+        num_kv_heads=4,
+        head_dim=128,
+    )
+    tokens = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), tokens)["params"]
+    params = qjax.quantize_tree(params, {"model/.*/kernel": formats.FORMATS[name]})
+    exact = qjax.dequantize_tree(params, jnp.float32)
+    reference = Decoder(config, dtype=jnp.float32).apply({"params": exact}, tokens)[0]
+    params, _ = prepare_weights(params, jnp.bfloat16, fuse=True, pack=True, norm_dtype=jnp.float16)
+    model = Decoder(config, norm_dtype=jnp.float16)
+    program = jax.jit(lambda params: model.apply({"params": params}, tokens)[0]).lower(params)
+    kernels = program.as_text()
+    assert "float16_mosaic_gpu" in kernels.replace("bfloat16", "")
+    logits = np.asarray(program.compile()(params), np.float64)
+    assert relative_error(logits, np.asarray(reference, np.float64)) < 3 * tolerances.BF16_OPERANDS

@@ -78,6 +78,37 @@ def test_on_the_gpu(
         assert (a == b).all()
 
 
+@pytest.mark.skipif(
+    JAX_VERSION < MOSAIC_GPU_MIN_JAX, reason="this jax has no Pallas GPU interpreter"
+)
+def test_float16_rows_in_the_interpreter(rng: np.random.Generator) -> None:
+    operands = _operands(rng, 2, 1024, 3)
+    out, normed = kernel.add_rms_norm(*operands, 1e-5, normed_dtype=jnp.float16, interpret=True)
+    want = add_rms_norm(*operands, 1e-5, dtype=jnp.float16, backend="xla")
+    assert normed.dtype == jnp.float16 and (out == want[0]).all()
+    # Three bits more than bfloat16 has.
+    error = relative_error(np.asarray(normed, np.float64), np.asarray(want[1], np.float64))
+    assert error < tolerances.BF16_OUTPUT / 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "splits"), [(1, 8), (64, 1), (100, 4)])
+def test_float16_rows_on_the_gpu(rows: int, splits: int, rng: np.random.Generator) -> None:
+    reason = mosaic_gpu_unsupported_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    operands = _operands(rng, rows, 4096, splits)
+
+    def run(backend: str) -> tuple[jax.Array, jax.Array]:
+        call = functools.partial(add_rms_norm, dtype=jnp.float16, backend=backend)
+        return jax.jit(lambda r, d, w: call(r, d, w, 1e-5))(*operands)
+
+    (out, normed), want = run("mosaic_gpu"), run("xla")
+    assert normed.dtype == jnp.float16 and (out == want[0]).all()
+    error = relative_error(np.asarray(normed, np.float64), np.asarray(want[1], np.float64))
+    assert error < tolerances.BF16_OUTPUT / 8
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("columns", [4096, 8192])
 def test_as_many_ctas_as_there_may_be(columns: int, rng: np.random.Generator) -> None:

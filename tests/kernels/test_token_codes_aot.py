@@ -56,6 +56,7 @@ CASES = [
     _norm(16, 12288, "int8", False, 8, "float32"),
     _norm(16, 12288, E4M3, True, 8),
     _norm(16, 896, None, False, 2),
+    {**_norm(64, 4096, None, False, 8), "normed": "float16"},
 ]
 
 

@@ -113,7 +113,9 @@ def test_gated_products_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(gated.gated_config(x, w), large.Config)
     chosen = dataclasses.replace(problem, k=1024)
     for config, wanted in zip(refused, (large.heuristic_config(chosen), None), strict=True):
-        monkeypatch.setattr(gated, "packed_config", lambda x, w, config=config: (config, "tuned"))
+        monkeypatch.setattr(
+            gated, "packed_config", lambda *_, config=config, **__: (config, "tuned")
+        )
         assert gated.gated_config(x, w) == wanted
 
 
