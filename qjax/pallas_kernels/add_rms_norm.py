@@ -9,7 +9,8 @@ In decoding every kernel of XLA's three for this (sum and add, mean square, scal
 start than to run. One CTA has one row in registers, with as many warpgroups as find 16 bytes for
 every thread; or, where rows are few, a cluster of 2 or 4 CTAs, since partial sums of a row are more
 than one multiprocessor reads at once: eight of 4096 are 128 KiB. The time is that of one load, of
-one sum over the row and of one store.
+one sum over the row and of one store: for one row in a decode step on an H200 2.2 us, with one CTA
+2.7 us.
 
 What did not help: 192 further CTAs that ask for 12 MB of the next weight (TMA prefetch to the L2
 cache), since the memory is idle meanwhile. Products after it became 0.7 us faster, this kernel
