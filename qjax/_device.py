@@ -13,6 +13,7 @@ import re
 import jax
 import jax.numpy as jnp
 
+from qjax import _compat
 from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
 
 
@@ -226,3 +227,17 @@ def mosaic_gpu_unsupported_reason(info: DeviceInfo | None = None) -> str | None:
         needed = ".".join(map(str, MOSAIC_GPU_MIN_JAX))
         return f"jax {jax.__version__} is older than {needed}; upgrade jax"
     return None
+
+
+def cudnn_unsupported_reason(info: DeviceInfo | None = None) -> str | None:
+    """Why prefill attention cannot be cuDNN's on this device; None if it can."""
+    info = device_info() if info is None else info
+    architecture = info.architecture or ""
+    if info.platform != "gpu" or not architecture.startswith("sm_"):
+        return f"the default device is a {info.kind}; cuDNN needs an NVIDIA GPU"
+    if int(architecture.removeprefix("sm_")) < 80:
+        return f"{info.kind} is {architecture}; cuDNN's flash attention needs sm_80 or later"
+    if JAX_VERSION < MOSAIC_GPU_MIN_JAX:
+        needed = ".".join(map(str, MOSAIC_GPU_MIN_JAX))
+        return f"jax {jax.__version__} is older than {needed}; upgrade jax"
+    return _compat.cudnn_unsupported_reason()

@@ -16,6 +16,7 @@ import jax
 from qjax._device import (
     DeviceInfo,
     DotSupport,
+    cudnn_unsupported_reason,
     device_info,
     mosaic_gpu_unsupported_reason,
     probe_dot,
@@ -88,6 +89,9 @@ def report() -> list[str]:
             "  with several devices they run in serve.py, on one or on --tp-size N, and under",
             "  jax.shard_map; elsewhere XLA's form is the default, which it can divide",
         ]
+    reason = cudnn_unsupported_reason(info)
+    lines += ["", "Prefill attention"]
+    lines.append("  cuDNN's" if reason is None else f"  XLA's form: {reason}")
     return lines
 
 

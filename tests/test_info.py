@@ -23,6 +23,7 @@ def test_report_names_versions_products_and_every_format():
             "falls back  float8_e4m3fn x float8_e4m3fn -> float32: operands are converted" in text
         )
         assert "not here: the default device is a cpu" in text
+        assert "XLA's form: " in text.partition("Prefill attention")[2]
     assert max(map(len, text.splitlines())) <= 120
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax import _compat
+from qjax import _compat, _device
 from qjax._device import device_info
 from qjax.kv_cache import QuantizedKVCache
 from qjax.kv_format import KVFormat
@@ -255,8 +255,8 @@ def test_chosen_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("architecture", "expected"), [("sm_75", "sm_80 or later"), ("sm_90", "")])
 def test_architectures(architecture: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     info = dataclasses.replace(device_info(), platform="gpu", architecture=architecture)
-    monkeypatch.setattr(_prefill, "device_info", lambda: info)
-    monkeypatch.setattr(_prefill, "JAX_VERSION", _prefill.MOSAIC_GPU_MIN_JAX)
+    monkeypatch.setattr(_device, "device_info", lambda: info)
+    monkeypatch.setattr(_device, "JAX_VERSION", _device.MOSAIC_GPU_MIN_JAX)
     q = jnp.zeros((1, 2, 4, 8), jnp.bfloat16)
     reason = prefill_unsupported_reason(q, filled(INT8, [3]), 0, None, None) or ""
     assert expected in reason and bool(expected) == bool(reason)

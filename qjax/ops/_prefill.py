@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax import _compat
-from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
-from qjax._device import device_info
+from qjax._device import cudnn_unsupported_reason
 from qjax.kv_cache import QuantizedKVCache
 from qjax.ops.kv import decode_codes
 from qjax.typing import Array, DType
@@ -52,15 +51,7 @@ def prefill_unsupported_reason(
         return "keys stored without their bias; cuDNN's keys of 16 bits are too coarse for it"
     if cache.head_dim % 8 or cache.head_dim > 256:
         return f"head_dim={cache.head_dim} must be a multiple of 8 up to 256"
-    if JAX_VERSION < MOSAIC_GPU_MIN_JAX:
-        return f"jax {jax.__version__} is older than {'.'.join(map(str, MOSAIC_GPU_MIN_JAX))}"
-    info = device_info()
-    architecture = info.architecture or ""
-    if info.platform != "gpu" or not architecture.startswith("sm_"):
-        return f"the default device is a {info.kind}; cuDNN needs an NVIDIA GPU"
-    if int(architecture.removeprefix("sm_")) < 80:
-        return f"{info.kind} is {architecture}; cuDNN's flash attention needs sm_80 or later"
-    return _compat.cudnn_unsupported_reason()
+    return cudnn_unsupported_reason()
 
 
 def prefill_by_cudnn(
