@@ -46,8 +46,13 @@ def cudnn_unsupported_reason() -> str | None:
     library: Any = fused_attention_stablehlo
     names = inspect.signature(library.dot_product_attention).parameters
     wanted = {"scale", "mask_type", "return_residual"}
-    if not wanted <= set(names) or not {"CAUSAL", "PADDING"} <= set(dir(library.MaskType)):
+    known = {"CAUSAL", "PADDING"} <= set(dir(library.MaskType))
+    if not wanted <= set(names) or not known or not hasattr(library, "check_cudnn_version"):
         return f"jax {jax.__version__} calls cuDNN's attention in another way"
+    try:
+        library.check_cudnn_version()  # what it does itself as soon as it is called
+    except RuntimeError as error:
+        return f"jax finds no cuDNN: {error}"
     return None
 
 

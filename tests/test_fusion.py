@@ -162,3 +162,11 @@ def test_rows_that_float16_may_not_hold_stay_in_bfloat16() -> None:
     assert np.isfinite(_logits(module, params)).all()
     with pytest.raises(ValueError, match="norm_dtype=float16 of a model in float32: it is float16"):
         prepare_weights(params, jnp.float32, norm_dtype=jnp.float16)
+    with pytest.raises(ValueError, match="no projection is joined, of a weight-only format"):
+        prepare_weights(
+            _params(CONFIG, qjax.W8A8_INT8),
+            jnp.bfloat16,
+            fuse=True,
+            pack=True,
+            norm_dtype=jnp.float16,
+        )

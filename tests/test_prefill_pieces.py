@@ -94,11 +94,6 @@ def poisoned(cache, lengths):
     )
 
 
-@pytest.mark.parametrize(
-    "fmt",
-    [KVFormat("bfloat16"), INT8, KVFormat("int4", "tracked"), KVFormat("float8_e4m3fn", "static")],
-    ids=lambda fmt: fmt.name,
-)
 def check(cache, starts, lengths, t, *, padding=True):
     """Rows with stale pages and padding of NaN against the reference on a clean cache."""
     rows = len(lengths)
@@ -252,11 +247,50 @@ def test_chosen_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen() == "xla" and chosen(backend="cudnn") == "cudnn"
 
 
-@pytest.mark.parametrize(("architecture", "expected"), [("sm_75", "sm_80 or later"), ("sm_90", "")])
-def test_architectures(architecture: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "dim", "expected"),
+    [
+        ("sm_75", 128, "sm_80 or later"),
+        ("sm_80", 128, ""),
+        ("sm_80", 256, "up to 128 on sm_80"),
+        ("sm_90", 256, ""),
+        ("sm_90", 264, "up to 256 on sm_90"),
+        ("sm_90", 12, "a multiple of 8"),
+    ],
+)
+def test_architectures(
+    architecture: str, dim: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What jax refuses, rather than computes in another way, is XLA's before jax is asked."""
     info = dataclasses.replace(device_info(), platform="gpu", architecture=architecture)
-    monkeypatch.setattr(_device, "device_info", lambda: info)
+    for module in (_device, _prefill):
+        monkeypatch.setattr(module, "device_info", lambda: info)
     monkeypatch.setattr(_device, "JAX_VERSION", _device.MOSAIC_GPU_MIN_JAX)
-    q = jnp.zeros((1, 2, 4, 8), jnp.bfloat16)
-    reason = prefill_unsupported_reason(q, filled(INT8, [3]), 0, None, None) or ""
+    monkeypatch.setattr(_compat, "cudnn_unsupported_reason", lambda: None)
+    q = jnp.zeros((1, 2, 4, dim), jnp.bfloat16)
+    cache = QuantizedKVCache.init(
+        num_layers=1,
+        num_kv_heads=2,
+        head_dim=dim,
+        num_pages=1,
+        page_size=4,
+        max_seqs=1,
+        pages_per_seq=1,
+        fmt=INT8,
+    )
+    reason = prefill_unsupported_reason(q, cache, 0, None, None) or ""
     assert expected in reason and bool(expected) == bool(reason)
+
+
+def test_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    reason = _compat.cudnn_unsupported_reason.__wrapped__
+
+    def missing() -> int:
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    assert reason() is None
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", missing)
+    assert reason() == "jax finds no cuDNN: cuDNN is not detected."

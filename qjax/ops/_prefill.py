@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax import _compat
-from qjax._device import cudnn_unsupported_reason
+from qjax._device import cudnn_unsupported_reason, device_info
 from qjax.kv_cache import QuantizedKVCache
 from qjax.ops.kv import decode_codes
 from qjax.typing import Array, DType
@@ -49,9 +49,14 @@ def prefill_unsupported_reason(
         return f"{window=} and {soft_cap=}; the pieces have neither"
     if fmt.without_key_bias:
         return "keys stored without their bias; cuDNN's keys of 16 bits are too coarse for it"
-    if cache.head_dim % 8 or cache.head_dim > 256:
-        return f"head_dim={cache.head_dim} must be a multiple of 8 up to 256"
-    return cudnn_unsupported_reason()
+    reason = cudnn_unsupported_reason()
+    if reason is not None:
+        return reason
+    architecture = device_info().architecture or ""
+    most = 256 if int(architecture.removeprefix("sm_")) >= 90 else 128
+    if cache.head_dim % 8 or cache.head_dim > most:
+        return f"head_dim={cache.head_dim} must be a multiple of 8 up to {most} on {architecture}"
+    return None
 
 
 def prefill_by_cudnn(

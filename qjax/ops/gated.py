@@ -87,6 +87,8 @@ def gated_config(
     ):
         # Sums of splits must be added before they are gated; dequantized weights have no such end.
         return None
+    if large and config.turns is not None:
+        config = dataclasses.replace(config, turns=None)  # not measured with this end
     if kernel.config_unsupported_reason(config, problem) is None:
         return config
     return kernel.heuristic_config(problem)

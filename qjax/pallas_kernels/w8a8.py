@@ -371,10 +371,13 @@ def matmul(
 
     Raises:
       NotImplementedError: If the kernel or the config does not support the problem; says why.
+      ValueError: If there are not so many rows.
     """
     m, k = x.shape
     n = weight.shape[0]
     rows = m if rows is None else rows
+    if not 0 < rows <= m:
+        raise ValueError(f"rows={rows} must be from 1 to the {m} of x")
     problem = Problem(
         m,
         k,
@@ -393,7 +396,7 @@ def matmul(
     # Imported on first use: see weight_only.
     from qjax.pallas_kernels import _w8a8_body
 
-    # A box of TMA may reach over an edge but not be larger than the matrix, which has whole tiles
+    # What TMA loads may reach over an edge but not be larger than the matrix, which has whole tiles
     # of 8 rows.
     tokens = config.columns if config.swap else WARPGROUPS * config.rows
     padded = -(-max(m, tokens) // 8) * 8

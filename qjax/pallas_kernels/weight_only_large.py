@@ -296,7 +296,7 @@ def heuristic_config(p: Problem) -> Config:
     turns = None
     if best.warpgroups == 2 and scaled_sums(p) and p.compute == "int8" and best.columns >= 64:
         turns = "finished"
-    elif best.warpgroups == 2 and best.columns >= 192:
+    elif best.warpgroups == 2 and scaled_sums(p) and p.kind == "int4" and best.columns >= 192:
         turns = "started"
     return dataclasses.replace(best, turns=turns)
 
@@ -352,10 +352,13 @@ def matmul(
 
     Raises:
       NotImplementedError: If the kernel or the config does not support the problem; says why.
+      ValueError: If there are not so many rows.
     """
     m, k = x.shape
     n = words.shape[1] * _layout.BLOCK_N
     rows = m if rows is None else rows
+    if not 0 < rows <= m:
+        raise ValueError(f"rows={rows} must be from 1 to the {m} of x")
     problem = Problem(
         m,
         k,
@@ -376,7 +379,7 @@ def matmul(
     # Imported on first use: see weight_only.
     from qjax.pallas_kernels import _weight_only_large_body
 
-    # A box of TMA may reach over an edge but not be larger than the matrix, which has whole tiles
+    # What TMA loads may reach over an edge but not be larger than the matrix, which has whole tiles
     # of 8 rows. Row scales are read without it.
     padded = -(-max(m, config.columns) // 8) * 8
     x = jnp.pad(x, ((0, padded - m), (0, 0)))

@@ -52,7 +52,8 @@ def prepare_weights(
       The parameters, and a line on what was done.
 
     Raises:
-      ValueError: If there is no such ``norm_dtype`` for this model, or no kernel runs.
+      ValueError: If there is no such ``norm_dtype`` for this model, no kernel runs, or no
+        projection takes such rows.
     """
     dtype = jnp.dtype(dtype)
     if norm_dtype is not None:
@@ -94,6 +95,11 @@ def prepare_weights(
         layer = model.pop(name)
         left.update(left_apart(layer) if fuse else ())
         model[name] = prepare(layer) if fuse or pack else layer
+    if norm_dtype is not None and not half:
+        raise ValueError(
+            f"norm_dtype={norm_dtype}: no projection is joined, of a weight-only format and behind "
+            "a norm whose rows float16 holds; leave it out"
+        )
     if pack and "lm_head" in root:
         root["lm_head"] = pack_head(root["lm_head"])
     return params, _describe(params, fuse, reason if not pack else None, left, len(half))

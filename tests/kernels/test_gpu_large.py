@@ -50,6 +50,12 @@ CONFIGS: dict[str, tuple[str, Config]] = {
     "four_warpgroups_splits": ("int4_g32_asym", Config(80, 4, splits=2, warpgroups=4)),
     "three_warpgroups": ("int8_g128", Config(160, 4, warpgroups=3)),
     "f16_cluster": ("int4_g128_f16", Config(208, 5, cluster=2)),
+    "started": ("int8_channel", Config(256, 4, turns="started")),
+    "started_sums": ("int4_g128", Config(256, 5, cluster=2, turns="started")),
+    "started_short_groups": ("int4_g32_asym", Config(256, 4, turns="started")),
+    "started_two_stages": ("int4_g128", Config(192, 2, turns="started")),
+    "finished_three": ("int8_g128", Config(160, 4, warpgroups=3, turns="finished")),
+    "finished_four": ("int4_g128", Config(64, 6, cluster=2, warpgroups=4, turns="finished")),
 }
 
 
@@ -71,6 +77,10 @@ GATED: dict[str, tuple[str, int, int, Config]] = {
     "two_buffers": ("int8_channel", 520, 33 * 256, Config(192, 6)),
     "one_buffer": ("int8_channel", 520, 33 * 256, Config(256, 5, cluster=2)),
     "f16": ("int4_g128_f16", 200, 16 * 256, Config(112, 4)),
+    # Turns across the barriers by which pairs of warpgroups meet at the end of a tile.
+    "started": ("int8_channel", 520, 33 * 256, Config(192, 6, turns="started")),
+    "started_one_buffer": ("int8_channel", 520, 33 * 256, Config(256, 5, 2, turns="started")),
+    "finished_four": ("int4_g128", 200, 33 * 512, Config(64, 6, 2, 1, 4, turns="finished")),
     "e4m3": ("e4m3_block128", 200, 33 * 512, Config(64, 4, warpgroups=4)),
 }
 

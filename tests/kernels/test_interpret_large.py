@@ -87,13 +87,15 @@ def test_gated_products(
 
 
 def test_turns() -> None:
-    """Only where they were measured to help: two warpgroups with wide tiles."""
+    """Two warpgroups with wide tiles, and kinds of weights for which they were measured to help."""
 
-    def turns(m: int, compute: str) -> str | None:
-        problem = weight_only_large.Problem(m, 4096, 28672, "int4", 128, compute=compute)
+    def turns(m: int, compute: str, kind: str = "int4") -> str | None:
+        group_size = 128 if kind == "int4" else None
+        problem = weight_only_large.Problem(m, 4096, 28672, kind, group_size, compute=compute)
         return weight_only_large.heuristic_config(problem).turns
 
     assert turns(4096, "int8") == turns(256, "int8") == "finished"
     assert turns(4096, "bfloat16") == "started" and turns(64, "bfloat16") is None
+    assert turns(4096, "float16") is turns(4096, "bfloat16", "int8") is None
     with pytest.raises(ValueError, match="turns='last' must be None or one of started, finished"):
         Config(64, 4, turns="last")
