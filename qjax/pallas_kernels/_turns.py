@@ -5,10 +5,10 @@ same time, then all of them unpack while the tensor core idles. If each starts i
 one before has started (or finished) its own, one unpacks while the other multiplies: the ping-pong
 schedule of CUTLASS and FlashAttention-3 (arXiv:2407.08608).
 
-On an H200 it makes W4A8 with groups, two warpgroups and tiles of 64 tokens and more 2 to 9 % faster
-(finished), and (4096, 6144) in INT4 with 16-bit activations and tiles of 216 tokens and more 2 to
-12 % (started). Narrow tiles and four warpgroups mostly lose, up to 40 %: those are limited by
-something else.
+On an H200 it makes W4A8 with groups, two warpgroups and tiles of 64 tokens and more 1 to 12 %
+faster (finished), and (4096, 6144) in INT4 with 4096 rows of bfloat16 and tiles of 216 tokens and
+more 2 to 10 % (started). Narrow tiles and four warpgroups mostly lose, up to half: those are
+limited by something else.
 """
 
 from __future__ import annotations

@@ -26,6 +26,15 @@ from tests.tolerances import relative_error
 
 pytestmark = pytest.mark.gpu
 
+MODEL = ModelConfig(
+    vocab_size=256,
+    hidden_size=1024,
+    intermediate_size=2048,
+    num_layers=2,
+    num_q_heads=8,
+    num_kv_heads=4,
+    head_dim=128,
+)
 CASES = [("e4m3", False), ("e5m2", False), ("int8", False), ("e4m3", True)]
 
 
@@ -138,16 +147,7 @@ def test_model(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     Not logit by logit: where two ways of summing round a value apart its code may differ, and a few
     such differences move everything after them by as much as the format does.
     """
-    config = ModelConfig(
-        vocab_size=256,
-        hidden_size=1024,
-        intermediate_size=2048,
-        num_layers=2,
-        num_q_heads=8,
-        num_kv_heads=4,
-        head_dim=128,
-    )
-    model = Decoder(config)
+    model = Decoder(MODEL)
     tokens = jnp.arange(batch, dtype=jnp.int32)[:, None]
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     params = qjax.quantize_tree(params, {"model/.*/kernel": formats.FORMATS[name]})
@@ -173,22 +173,13 @@ def test_model(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["int4", "fp8", "int8"])
 def test_model_with_float16_rows(name: str, batch: int) -> None:
     """By kernels as by XLA."""
-    config = ModelConfig(
-        vocab_size=256,
-        hidden_size=1024,
-        intermediate_size=2048,
-        num_layers=2,
-        num_q_heads=8,
-        num_kv_heads=4,
-        head_dim=128,
-    )
     tokens = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    params = jax.jit(Decoder(config).init)(jax.random.key(0), tokens)["params"]
+    params = jax.jit(Decoder(MODEL).init)(jax.random.key(0), tokens)["params"]
     params = qjax.quantize_tree(params, {"model/.*/kernel": formats.FORMATS[name]})
     exact = qjax.dequantize_tree(params, jnp.float32)
-    reference = Decoder(config, dtype=jnp.float32).apply({"params": exact}, tokens)[0]
+    reference = Decoder(MODEL, dtype=jnp.float32).apply({"params": exact}, tokens)[0]
     params, _ = prepare_weights(params, jnp.bfloat16, fuse=True, pack=True, norm_dtype=jnp.float16)
-    model = Decoder(config, norm_dtype=jnp.float16)
+    model = Decoder(MODEL, norm_dtype=jnp.float16)
     program = jax.jit(lambda params: model.apply({"params": params}, tokens)[0]).lower(params)
     kernels = program.as_text()
     assert "float16_mosaic_gpu" in kernels.replace("bfloat16", "")

@@ -35,6 +35,13 @@ def _check(operands: tuple[jax.Array, ...], out: jax.Array, normed: jax.Array) -
     assert relative_error(np.asarray(normed, np.float64), exact) < tolerances.BF16_OUTPUT
 
 
+def needs_hopper() -> None:
+    """Skip where the kernel cannot run."""
+    reason = mosaic_gpu_unsupported_reason()
+    if reason is not None:
+        pytest.skip(reason)
+
+
 @pytest.mark.skipif(
     JAX_VERSION < MOSAIC_GPU_MIN_JAX, reason="this jax has no Pallas GPU interpreter"
 )
@@ -57,9 +64,7 @@ def test_in_the_interpreter(splits: int, rng: np.random.Generator) -> None:
 def test_on_the_gpu(
     rows: int, columns: int, splits: int, dtype: str, rng: np.random.Generator
 ) -> None:
-    reason = mosaic_gpu_unsupported_reason()
-    if reason is not None:
-        pytest.skip(reason)
+    needs_hopper()
     operands = _operands(rng, rows, columns, splits, dtype)
     run = jax.jit(lambda r, d, w: add_rms_norm(r, d, w, 1e-5, backend="mosaic_gpu"))
     out, normed = run(*operands)
@@ -94,9 +99,7 @@ def test_float16_rows_in_the_interpreter(rng: np.random.Generator) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "splits"), [(1, 8), (64, 1), (100, 4)])
 def test_float16_rows_on_the_gpu(rows: int, splits: int, rng: np.random.Generator) -> None:
-    reason = mosaic_gpu_unsupported_reason()
-    if reason is not None:
-        pytest.skip(reason)
+    needs_hopper()
     operands = _operands(rng, rows, 4096, splits)
 
     def run(backend: str) -> tuple[jax.Array, jax.Array]:
@@ -113,9 +116,7 @@ def test_float16_rows_on_the_gpu(rows: int, splits: int, rng: np.random.Generato
 @pytest.mark.parametrize("columns", [4096, 8192])
 def test_as_many_ctas_as_there_may_be(columns: int, rng: np.random.Generator) -> None:
     """Rows of clusters of four CTAs, of two, and of one each: the same, bit by bit."""
-    reason = mosaic_gpu_unsupported_reason()
-    if reason is not None:
-        pytest.skip(reason)
+    needs_hopper()
     residual, delta, weight = _operands(rng, 200, columns, 4)
     run = jax.jit(lambda r, d, w: add_rms_norm(r, d, w, 1e-5, backend="mosaic_gpu"))
     out, normed = run(residual, delta, weight)
