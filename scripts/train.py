@@ -235,6 +235,15 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
     )
     qat = check_args(args)
+    folder = RunFolder(args.output_dir)
+    with folder.sole_run():
+        run(args, training, qat, folder)
+
+
+def run(
+    args: argparse.Namespace, training: TrainingConfig, qat: QuantFormat | None, folder: RunFolder
+) -> None:
+    """Train, in a folder that is this process's alone."""
     # Every input is read before any work is done.
     text = read_text(args.text)
     valid_text = read_text(args.valid) if args.valid else None
@@ -249,8 +258,7 @@ def main(argv: list[str] | None = None) -> None:
                 "--qat-scales range"
             )
         start = add_scales(start, qat)
-    out = Path(args.output_dir)
-    folder = RunFolder(out)
+    out = folder.directory
     settings = {"model": config.to_hf(), "dtype": args.dtype, "qat": args.qat}
     settings |= {"init_from": args.init_from, "text_crc32": zlib.crc32(text.encode())}
     if qat is not None:

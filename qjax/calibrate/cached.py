@@ -6,14 +6,13 @@ folder whose name holds a hash of everything that decides it, so it is found aga
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from qjax._files import sole_run
 from qjax.calibrate.run import calibrate_checkpoint
 from qjax.calibrate.settings import METHODS, Settings
 from qjax.calibrate.source import ModelSource
@@ -77,7 +76,8 @@ def calibrated_folder(
       skip: Regular expression on parameter paths to leave unquantized.
       kv_dtype: Also calibrate static KV cache scales for this type.
       cache: Where calibrated checkpoints are; ``default_cache()`` if None.
-      say: Is told in a line what is being done, or what was found.
+      say: Is told in a line what is being done, what was found, or which process is waited for
+        because it is making the same.
       progress: Show progress bars.
 
     Raises:
@@ -114,8 +114,7 @@ def calibrated_folder(
     cache = default_cache() if cache is None else cache
     target = cache / f"{source.resolve().name}-{name.replace(':', '-')}-{key}"
     if not target.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with _lock(target):
+        with sole_run(target.with_name(f".{target.name}.lock"), target, waiting=say):
             if not target.is_dir():  # another process may have made it while this one waited
                 origin = "text the model writes itself" if text is None else str(text)
                 say(
@@ -172,13 +171,3 @@ def own_text(source: Path, bos_id: int | None) -> Samples:
         row = done.request_id - start
         tokens[row] = [*requests[row].prompt, *done.token_ids]
     return tokens, np.ones(tokens.shape, bool)
-
-
-@contextlib.contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    """One process at a time; the others wait and then find the result."""
-    path = target.with_name(f".{target.name}.lock")
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        path.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from qjax._files import sole_run
 from qjax.calibrate.block import BlockQuantized, LayerResult, quantize_block, round_kernel
 from qjax.calibrate.clock import PhaseClock
 from qjax.calibrate.linears import Batch, get_at, plain_weights, run_block
@@ -82,13 +83,22 @@ def calibrate_checkpoint(
       CheckpointError: If the source cannot be read, or the export format cannot hold the result;
         before any work.
       ValueError: If settings do not fit the model or each other, or ``output`` is or holds the
-        source.
+        source; if another run writes the same folder.
     """
     clock = PhaseClock() if clock is None else clock
     run = _Run(Path(source), settings, samples, batch_tokens, clock)
     output = Path(output).absolute()
     _check_target(run, output, export, overwrite)
     work = output.parent / f".{output.name}.calibration"
+    # Beside the work, which is removed while the lock is held.
+    with sole_run(work.with_name(f"{work.name}.lock"), output):
+        _check_output(output, overwrite)  # another run may have made it meanwhile
+        return _calibrate(run, output, work, export, progress)
+
+
+def _calibrate(run: _Run, output: Path, work: Path, export: str, progress: bool) -> Report:
+    """The work itself, of which no other process does any meanwhile."""
+    settings, clock = run.settings, run.clock
     store = BlockStore(work, run.identity())
     if settings.target_bits is not None:
         run.plan(store, progress)
@@ -119,18 +129,7 @@ def _check_target(run: _Run, output: Path, export: str, overwrite: bool) -> None
     if output.resolve() in (source, *source.parents):
         # Replacing it would delete the only copy of the original weights.
         raise ValueError(f"{output} is or holds the model {source} itself; choose another folder")
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise CheckpointError(f"{output} exists and is not a folder; choose another name")
-    if output.exists() and any(output.iterdir()):
-        if not overwrite:
-            raise CheckpointError(
-                f"{output} exists and is not empty; choose another, or overwrite it"
-            )
-        if not (output / "config.json").exists() and not (output / MANIFEST).exists():
-            raise CheckpointError(
-                f"{output} holds no model (config.json), so it is not overwritten; remove it "
-                "yourself, or choose another folder"
-            )
+    _check_output(output, overwrite)
     factory = EXPORT_FORMATS.get(export)
     if factory is None:
         return
@@ -148,6 +147,21 @@ def _check_target(run: _Run, output: Path, export: str, overwrite: bool) -> None
     for fmt in run.settings.candidates:
         every = {leaf.layer: _placeholder(leaf, fmt, run.dtype) for leaf in run.open_layers()}
         factory(Linears(every, {}, scales))
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise CheckpointError(f"{output} exists and is not a folder; choose another name")
+    if output.exists() and any(output.iterdir()):
+        if not overwrite:
+            raise CheckpointError(
+                f"{output} exists and is not empty; choose another, or overwrite it"
+            )
+        if not (output / "config.json").exists() and not (output / MANIFEST).exists():
+            raise CheckpointError(
+                f"{output} holds no model (config.json), so it is not overwritten; remove it "
+                "yourself, or choose another folder"
+            )
 
 
 def _placeholder(leaf: Leaf, fmt: QuantFormat, dtype: Any) -> QuantizedArray:

@@ -12,7 +12,6 @@ the task at hand, when it has finished one, and when it takes and leaves the dev
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import queue
 import subprocess
@@ -29,6 +28,8 @@ _POLL_SECONDS = 1.0
 @contextlib.contextmanager
 def turn(path: str) -> Iterator[None]:
     """In a worker: the device is this process's inside. The system frees it if the process dies."""
+    import fcntl  # not on Windows, where this module can be imported
+
     with open(path, "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         _say({"holds": True})

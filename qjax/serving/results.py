@@ -8,8 +8,6 @@ order, atomically, and the partial file is removed.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from qjax._files import write_text_atomic
+from qjax._files import NO_LOCKS, try_lock, write_text_atomic
 
 _VERSION = 1
 
@@ -64,15 +62,16 @@ def json_line(values: Mapping[str, Any]) -> str:
 def _lock(file: BinaryIO, path: Path) -> None:
     """Until the file is closed nobody else gets as far as this."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"{path} is being written by another process; wait for it, or name another output"
-        ) from None
+        free = try_lock(file)
     except OSError as error:
         # Some network file systems have no locks; there two runs are the user's to keep apart.
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+        if error.errno not in NO_LOCKS:
             raise
+        return
+    if not free:
+        raise ValueError(
+            f"{path} is being written by another process; wait for it, or name another output"
+        )
 
 
 class ResultFile:

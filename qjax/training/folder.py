@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from qjax._files import replacing, write_text_atomic
+from qjax._files import replacing, sole_run, write_text_atomic
 from qjax.checkpoints.layout import model_leaves
 from qjax.models.config import ModelConfig
 from qjax.training.loop import TrainingConfig
@@ -105,6 +106,14 @@ class RunFolder:
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self.run = self.directory / "run"
+
+    def sole_run(self) -> AbstractContextManager[None]:
+        """Inside, no other process trains in this folder.
+
+        Raises:
+          ValueError: If another one does; says which.
+        """
+        return sole_run(self.directory / ".run.lock", self.directory)
 
     def check_settings(self, model: dict[str, Any], training: TrainingConfig) -> None:
         """Keeps the settings of a new run; compares those of a resumed one.
