@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax import numerics
 from qjax.formats import QuantFormat
@@ -266,5 +267,21 @@ def dequantize_tree(params: PyTree, dtype: DType | None = None) -> PyTree:
 
 
 def quantized_nbytes(tree: PyTree) -> int:
-    """Bytes of all leaves, sub-byte types packed; works on abstract values (``eval_shape``) too."""
-    return sum(packed_nbytes(x.shape, x.dtype) for x in jax.tree_util.tree_leaves(tree))
+    """Bytes of all leaves, sub-byte types packed; works on abstract values (``eval_shape``) too.
+
+    A Python number counts as the array that jax makes of it: a bool 1 byte, an int or a float 4.
+
+    Raises:
+      ValueError: If a leaf is neither an array nor a number, such as a string.
+    """
+    total = 0
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if isinstance(x, bool | int | float | complex) and not isinstance(x, np.generic):
+            x = jax.ShapeDtypeStruct((), jnp.result_type(type(x)))
+        if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            raise ValueError(
+                f"{path_string(path) or 'the tree'} is {x!r}, neither an array nor a number; leave "
+                "it out"
+            )
+        total += packed_nbytes(x.shape, x.dtype)
+    return total

@@ -135,6 +135,11 @@ def test_transformations(rng: np.random.Generator) -> None:
     abstract = jax.eval_shape(lambda x: qjax.quantize(x, qjax.INT4_G32_ASYM), x)
     assert jax.tree.structure(abstract) == jax.tree.structure(q)
     assert qjax.quantized_nbytes(abstract) == q.nbytes == qjax.quantized_nbytes(q)
+    numbers = {"q": q, "on": True, "step": 2**40, "rate": 0.5, "mean": np.float64(0.5), "no": None}
+    assert qjax.quantized_nbytes(numbers) == q.nbytes + 1 + 4 + 4 + 8
+    assert qjax.quantized_nbytes(3) == 4
+    with pytest.raises(ValueError, match=r"a/b is 'int4', neither an array nor a number"):
+        qjax.quantized_nbytes({"a": {"b": "int4"}})
     again = jax.tree.map(lambda leaf: leaf, q)
     assert again.fmt == q.fmt and again.dtype == q.dtype
 

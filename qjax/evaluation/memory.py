@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.checkpoints.layout import model_leaves
 from qjax.formats import QuantFormat
@@ -62,8 +64,8 @@ def weight_bytes(params: PyTree) -> WeightBytes:
             scales += quantized_nbytes(leaf) - packed
             linear += leaf.size
         else:
-            plain += packed_nbytes(leaf.shape, leaf.dtype)
-        elements += leaf.size
+            plain += quantized_nbytes(leaf)
+        elements += math.prod(np.shape(leaf))
     return WeightBytes(codes, scales, plain, linear, elements)
 
 
