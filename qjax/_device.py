@@ -6,9 +6,12 @@ but probed: a small one is compiled and the program XLA made of it is read.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+import sys
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -241,3 +244,17 @@ def cudnn_unsupported_reason(info: DeviceInfo | None = None) -> str | None:
         needed = ".".join(map(str, MOSAIC_GPU_MIN_JAX))
         return f"jax {jax.__version__} is older than {needed}; upgrade jax"
     return _compat.cudnn_unsupported_reason()
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends a program whose work is over, with an exit status.
+
+    After Ctrl-C the device may be at work that nobody waits for. The interpreter would take down
+    what it uses, and now and then crash, so it is not asked to tidy up; the caller has.
+    """
+    if status == 130:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from qjax._device import end_process
 from qjax.assets import bundled_model_path
 from qjax.checkpoints.hf import LoadedModel, load_model, resolve_folder
 from qjax.checkpoints.kv_scale_files import read_kv_scale_file
@@ -260,6 +261,6 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         print("compare.py: interrupted; finished rows are in --output-dir", file=sys.stderr)
-        sys.exit(130)
+        end_process(130)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

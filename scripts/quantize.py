@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qjax._device import prefer_quick_compilation
+from qjax._device import end_process, prefer_quick_compilation
 from qjax.calibrate.run import EXPORTS, calibrate_checkpoint
 from qjax.calibrate.settings import METHODS, Settings
 from qjax.calibrate.text import read_documents, sample_tokens
@@ -260,4 +260,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

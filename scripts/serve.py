@@ -13,6 +13,7 @@ import jax
 from tqdm import tqdm
 
 from qjax import info
+from qjax._device import end_process
 from qjax.assets import bundled_model_path
 from qjax.calibrate.cached import calibrated_folder, default_cache, parse_calibration
 from qjax.checkpoints.hf import resolve_folder
@@ -467,11 +468,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return info.main()
     try:
         generate(args)
-    except Interrupted as interrupted:
-        print(f"serve.py: {interrupted}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("serve.py: interrupted before anything was generated", file=sys.stderr)
+    except (Interrupted, KeyboardInterrupt) as error:
+        said = str(error) or "interrupted before anything was generated"
+        print(f"serve.py: {said}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return hang_up()
@@ -497,4 +496,4 @@ def fail(args: argparse.Namespace, message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

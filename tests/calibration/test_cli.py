@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,15 @@ def test_flags_of_a_method_reach_it() -> None:
     settings = script.parse_settings(parse([*base, "--method", "gptq+scales", *flags]))
     found = settings.damping, settings.sweeps, settings.steps, settings.correction
     assert found == (0.02, 1, 3, None)
+
+
+def test_nothing_can_crash_after_ctrl_c() -> None:
+    """The status and the output arrive, and the interpreter is not asked to tidy up."""
+    code = "import atexit; from qjax._device import end_process; atexit.register(print, 'late')"
+    for status, said in ((130, "out"), (2, "out\nlate")):
+        command = [sys.executable, "-c", f"{code}; print('out'); end_process({status})"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert (result.returncode, result.stdout.strip()) == (status, said), result.stderr
 
 
 def test_ctrl_c_is_one_line_and_code_130(
