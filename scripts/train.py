@@ -46,12 +46,20 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from qjax._device import end_process
 from qjax.checkpoints.export import EXPORT_FORMATS, check_storable, save_model
 from qjax.checkpoints.hf import LoadedModel, load_model
 from qjax.formats import QuantFormat, parse_format
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
-from qjax.training.bpe import BOS, EOS, load_or_encode, load_or_train_tokenizer, read_text
+from qjax.training.bpe import (
+    BOS,
+    EOS,
+    check_vocab_size,
+    load_or_encode,
+    load_or_train_tokenizer,
+    read_text,
+)
 from qjax.training.folder import RunFolder, copy_tokenizer, export_hf, plot_losses
 from qjax.training.interrupt import wish_to_stop
 from qjax.training.loop import (
@@ -258,6 +266,8 @@ def run(
                 "--qat-scales range"
             )
         start = add_scales(start, qat)
+    if initial is None:
+        check_vocab_size(config.vocab_size)  # before the settings bind the folder
     out = folder.directory
     settings = {"model": config.to_hf(), "dtype": args.dtype, "qat": args.qat}
     settings |= {"init_from": args.init_from, "text_crc32": zlib.crc32(text.encode())}
@@ -359,6 +369,6 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt as error:
         print(f"train.py: {error or 'interrupted; the last checkpoint stays'}", file=sys.stderr)
-        sys.exit(130)
+        end_process(130)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -95,6 +95,18 @@ def test_script_saves_at_a_signal_and_goes_on(
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_a_refused_vocabulary_binds_no_folder(tmp_path: Path) -> None:
+    from scripts import train as script
+
+    (tmp_path / "text.txt").write_text(TEXT)
+    argv = f"--text {tmp_path / 'text.txt'} --output-dir {tmp_path / 'out'} --max-steps 1 {SMALL}"
+    with pytest.raises(ValueError, match="vocab_size=10 must be at least 259"):
+        script.main([*argv.split(), "--vocab-size", "10"])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="is no file; give the path"):
+        script.main([*argv.split(), "--text", str(tmp_path)])
+
+
 def test_the_second_signal_acts_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), interrupt.wish_to_stop() as stopping:
         assert not stopping()

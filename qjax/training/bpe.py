@@ -31,8 +31,9 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path)
     if not path.is_file():
+        missing = "is no file" if path.exists() else "does not exist"
         raise ValueError(
-            f"text file {str(path)!r} does not exist; give the path of a .txt or .txt.xz file"
+            f"text file {str(path)!r} {missing}; give the path of a .txt or .txt.xz file"
         )
     try:
         data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
@@ -65,6 +66,16 @@ def split_text(text: str, chunk_chars: int) -> Iterator[str]:
         start = end
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises ``ValueError`` if there is no room for the bytes and the special tokens."""
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise ValueError(
+            f"{vocab_size=} must be at least {least} (bytes and special tokens); 4096 suits small "
+            "models"
+        )
+
+
 def train_bpe(text: str, vocab_size: int, *, sample_chars: int = 20_000_000) -> Any:
     """Trains a byte-level BPE tokenizer which puts ``<|bos|>`` before every text.
 
@@ -83,12 +94,7 @@ def train_bpe(text: str, vocab_size: int, *, sample_chars: int = 20_000_000) -> 
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    least = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < least:
-        raise ValueError(
-            f"{vocab_size=} must be at least {least} (bytes and special tokens); 4096 suits small "
-            "models"
-        )
+    check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
