@@ -61,6 +61,8 @@ class Config:
       raster: Tiles are visited in stripes of so many along the tokens, back and forth.
       turns: Warpgroups multiply in turns, passed on when products have ``"started"`` or
         ``"finished"`` (``_turns``); None leaves it to chance.
+      overlap: Where sums of groups are scaled: a group's products run while the sums of the one
+        before are. For two warpgroups and, with a third set of registers, up to 96 tokens.
     """
 
     columns: int
@@ -70,10 +72,13 @@ class Config:
     warpgroups: int = 2
     raster: int = 8
     turns: str | None = None
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         if self.turns not in (None, *TURNS):
             raise ValueError(f"turns={self.turns!r} must be None or one of {', '.join(TURNS)}")
+        if self.turns is not None and self.overlap:
+            raise ValueError(f"turns={self.turns!r} with overlap=True: choose one of them")
         if not 8 <= self.columns <= 256 or self.columns % 8:
             raise ValueError(f"columns={self.columns} must be a multiple of 8 from 8 to 256")
         if self.stages < 2:
@@ -113,8 +118,10 @@ def scaled_sums(p: Problem) -> bool:
     return p.group_size is not None and p.compute != "float16"
 
 
-def max_columns(p: Problem, warpgroups: int = 2) -> int:
+def max_columns(p: Problem, warpgroups: int = 2, *, overlap: bool = False) -> int:
     """Tokens of the widest tile: what the registers hold."""
+    if overlap:
+        return 96 if p.compute == "int8" else 80
     if scaled_sums(p) and p.compute == "int8":
         return {2: _MAX_INTEGER_COLUMNS, 3: 112, 4: 64}[warpgroups]
     return {2: _MAX_COLUMNS, 3: 160, 4: 80}[warpgroups]
@@ -151,6 +158,11 @@ def _align(size: int) -> int:
 def scale_rows(p: Problem) -> int:
     """Groups whose scales a step needs."""
     return 0 if p.group_size is None else max(1, step_k(p) // p.group_size)
+
+
+def word_rows(p: Problem) -> int:
+    """Rows of 256 words of a weight tile that a step needs."""
+    return p.bits * step_k(p) // _layout.BLOCK_K
 
 
 def _operand_bytes(config: Config, p: Problem) -> int:
@@ -190,7 +202,15 @@ def smem_bytes(config: Config, p: Problem) -> int:
 
 def config_unsupported_reason(config: Config, p: Problem) -> str | None:
     """Why a config does not fit a problem; None if it does."""
-    widest = max_columns(p, config.warpgroups)
+    if config.overlap and not (scaled_sums(p) and scale_rows(p) == 1):
+        return "overlap=True; only sums of groups of 64 and more are scaled one by one"
+    if config.overlap and config.warpgroups != 2:
+        return f"overlap=True with warpgroups={config.warpgroups}; two have the registers"
+    # Two groups are being multiplied when the next one is waited for.
+    least = 2 * max(1, (p.group_size or 0) // step_k(p)) + 1
+    if config.overlap and config.stages < least:
+        return f"stages={config.stages} with overlap=True; at least {least} are needed"
+    widest = max_columns(p, config.warpgroups, overlap=config.overlap)
     if config.columns > widest:
         return (
             f"columns={config.columns}; at most {widest} fit into the registers of "
@@ -233,6 +253,7 @@ _TILE_CYCLES = 2500.0
 _WAIT_CYCLES = 85.0
 _FP8_CYCLES = 400.0  # unpacking it takes five instructions for two weights, integers take two
 _SCALE_CYCLES = 16.0
+_OVERLAP_CYCLES = 85.0
 
 
 def estimate_seconds(config: Config, p: Problem) -> float:
@@ -248,7 +269,12 @@ def estimate_seconds(config: Config, p: Problem) -> float:
     elif scaled_sums(p):
         alone += (_SCALE_CYCLES + 0.35 * config.columns) * 64 / (p.group_size or 128)
     together, by_itself = config.warpgroups * product, product + alone
-    step = max(1.06 * together, 0.66 * product + alone) + 0.15 * min(together, by_itself)
+    if config.overlap:
+        # Instructions of both warpgroups, beside their products.
+        alone = 2 * (_OVERLAP_CYCLES + (1.5 if p.compute == "int8" else 0.5) * config.columns)
+        by_itself = alone
+    longest = alone if config.overlap else 0.66 * product + alone
+    step = max(1.06 * together, longest) + 0.15 * min(together, by_itself)
     loaded = config.columns * 128 / config.cluster / 64 + config.warpgroups * p.bits * step_k(p) / 8
     steps = p.k // config.splits // step_k(p)
     # Writing a tile out takes its part of the time in which nothing is multiplied.
@@ -266,27 +292,35 @@ def estimate_seconds(config: Config, p: Problem) -> float:
 
 
 def _candidates(p: Problem) -> list[Config]:
-    widest = max_columns(p)
+    found = []
+    for overlap in (False, True) if scaled_sums(p) and scale_rows(p) == 1 else (False,):
+        warpgroups = (2,) if overlap else (2, 3, 4)
+        # With any other number of stages the widest tiles spill registers.
+        depths = (12, 8, 4) if overlap else (8, 6, 5, 4, 3, 2)
+        choices = itertools.product(_widths(p, overlap), (1, 2, 3, 4, 7, 8), warpgroups)
+        for columns, splits, count in choices:
+            # Splits only help where there are fewer tiles than multiprocessors.
+            if splits > 1 and (p.m > 512 or p.k < splits * 512):
+                continue
+            for stages in depths:
+                config = Config(columns, stages, 1, splits, count, overlap=overlap)
+                if config_unsupported_reason(config, p) is None:
+                    pair = dataclasses.replace(config, cluster=2)
+                    if config_unsupported_reason(pair, p) is None:
+                        found.append(pair)
+                    found.append(config)
+                    break  # the deepest that fits
+    return found
+
+
+def _widths(p: Problem, overlap: bool) -> list[int]:
+    """Tokens of a tile that make equal tiles, as few as there must be and somewhat more."""
+    widest = max_columns(p, overlap=overlap)
     tokens = -(-p.m // 8) * 8
-    # Equal tiles, as few as there must be and somewhat more.
     least = -(-tokens // widest)
     counts = range(least, least + 8 + least // 2)
     sizes = {-(-tokens // count // unit) * unit for count in counts for unit in (8, 16)}
-    wide = sorted((size for size in sizes if size <= widest), reverse=True)
-    found = []
-    for columns, splits, warpgroups in itertools.product(wide, (1, 2, 3, 4, 7, 8), (2, 3, 4)):
-        # Splits only help where there are fewer tiles than multiprocessors.
-        if splits > 1 and (p.m > 512 or p.k < splits * 512):
-            continue
-        for stages in (8, 6, 5, 4, 3, 2):
-            config = Config(columns, stages, splits=splits, warpgroups=warpgroups)
-            if config_unsupported_reason(config, p) is None:
-                pair = dataclasses.replace(config, cluster=2)
-                if config_unsupported_reason(pair, p) is None:
-                    found.append(pair)
-                found.append(config)
-                break  # the deepest that fits
-    return found
+    return sorted((size for size in sizes if size <= widest), reverse=True)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -294,7 +328,9 @@ def heuristic_config(p: Problem) -> Config:
     """The config that ``estimate_seconds`` likes best, for any supported problem."""
     best = min(_candidates(p), key=lambda config: estimate_seconds(config, p))
     turns = None
-    if best.warpgroups == 2 and scaled_sums(p) and p.compute == "int8" and best.columns >= 64:
+    if best.overlap:
+        pass
+    elif best.warpgroups == 2 and scaled_sums(p) and p.compute == "int8" and best.columns >= 64:
         turns = "finished"
     elif best.warpgroups == 2 and scaled_sums(p) and p.kind == "int4" and best.columns >= 192:
         turns = "started"
@@ -303,14 +339,16 @@ def heuristic_config(p: Problem) -> Config:
 
 def search_space(p: Problem) -> list[Config]:
     """Configs worth timing for a problem, for an autotuner: the model's best first."""
-    found = sorted(_candidates(p), key=lambda config: estimate_seconds(config, p))
+    ranked = sorted(_candidates(p), key=lambda config: estimate_seconds(config, p))
+    plain = [config for config in ranked if not config.overlap]
+    overlapping = [config for config in ranked if config.overlap]
     # The number of a slot is a mask instead of a division with a power of two.
-    masked = [dataclasses.replace(c, stages=4) for c in found[:2] if c.stages in (5, 6)]
-    ranked = found[:2] + masked + found[2:]
+    masked = [dataclasses.replace(c, stages=4) for c in plain[:2] if c.stages in (5, 6)]
     # With few columns or more warpgroups they only wait for each other.
-    wide = [c for c in ranked[:3] if c.warpgroups == 2 and c.columns >= 64]
+    wide = [c for c in (plain[:2] + masked)[:3] if c.warpgroups == 2 and c.columns >= 64]
     turned = [dataclasses.replace(c, turns=turns) for c in wide for turns in TURNS]
-    return ranked[:2] + turned + ranked[2:]
+    first = [ranked[0], *overlapping[:4], *plain[:2], *turned, *masked]
+    return list(dict.fromkeys(first + ranked))
 
 
 def matmul(

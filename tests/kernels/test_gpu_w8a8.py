@@ -57,6 +57,9 @@ CONFIGS: dict[str, tuple[str, Config | weight_only_large.Config]] = {
     "w4a8_splits": ("w4a8", weight_only_large.Config(48, 8, splits=2)),
     "w4a8_channel": ("w4a8_channel", weight_only_large.Config(256, 4)),
     "w4a8_turns": ("w4a8", weight_only_large.Config(160, 4, 2, turns="finished")),
+    "w4a8_overlap": ("w4a8", weight_only_large.Config(96, 8, 2, overlap=True)),
+    "w4a8_overlap_few_stages": ("w4a8", weight_only_large.Config(64, 3, overlap=True)),
+    "w4a8_overlap_splits": ("w4a8", weight_only_large.Config(96, 4, splits=4, overlap=True)),
     "w4a8_channel_turns": ("w4a8_channel", weight_only_large.Config(256, 4, turns="started")),
 }
 

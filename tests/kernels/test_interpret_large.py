@@ -39,6 +39,15 @@ CASES: dict[str, tuple[QuantFormat, int, int, int, Config, str, float]] = {
     "int8_cluster": (
         qjax.INT8_CHANNEL, 130, 256, 256, Config(128, 3, cluster=2), "bfloat16", tolerances.F32_SUM
     ),
+    # Four groups and the rest, of two steps each and of one.
+    "int4_g128_overlap": (
+        qjax.INT4_G128_ASYM, 40, 896, 128, Config(40, 5, overlap=True), "bfloat16",
+        tolerances.F32_SUM,
+    ),
+    "int4_g64_overlap": (
+        qjax.INT4_G64_ASYM, 16, 640, 256, Config(16, 4, splits=5, overlap=True), "bfloat16",
+        tolerances.F32_SUM,
+    ),
     "e4m3_block": (
         qjax.FP8_E4M3_BLOCK128, 72, 256, 128, Config(72, 2), "bfloat16", tolerances.F32_SUM
     ),

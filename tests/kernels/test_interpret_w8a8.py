@@ -53,6 +53,9 @@ CASES = {
     "blocks": Case(qjax.W8A8_FP8_BLOCK, 130, 384, 128, Config(64, 128, 2, promote=True)),
     "blocks_few_rows": Case(qjax.W8A8_FP8_BLOCK, 9, 512, 320, Config(64, 16, 2, True, 2, 1, True)),
     "w4a8": Case(qjax.W4A8_INT8, 70, 384, 128, weight_only_large.Config(48, 2)),
+    "w4a8_overlap": Case(
+        qjax.W4A8_INT8, 30, 896, 128, weight_only_large.Config(32, 3, overlap=True)
+    ),
     "w4a8_splits": Case(qjax.W4A8_INT8, 5, 512, 256, weight_only_large.Config(16, 2, 2, 2)),
     "w4a8_channel": Case(W4A8_CHANNEL, 24, 256, 128, weight_only_large.Config(24, 2)),
 }
