@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 
 from qjax._compat import compile_lowered
 from qjax._device import compiler_options, device_info
-from qjax.checkpoints.hf import check_cuts
+from qjax.checkpoints.hf import check_cuts, head_rules
 from qjax.evaluation.device_time import kernel_seconds
+from qjax.evaluation.heads import check_head_format, head_beside, label
 from qjax.evaluation.isolated import check_files_and_limits, flags_from, print_rows, run_isolated
 from qjax.formats import FORMATS, parse_format
 from qjax.generate import activation_qtype, decode
@@ -58,6 +59,7 @@ PASSED_ON = (
     "context",
     "dtype",
     "norm_dtype",
+    "lm_head_format",
     "kv_cache_dtype",
     "kv_scale_mode",
     "backend",
@@ -91,6 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--norm-dtype",
         choices=("float16",),
         help="type of normalised rows on their way to the kernels of weight-only formats (--dtype)",
+    )
+    add(
+        "--lm-head-format",
+        default="none",
+        metavar="FORMAT",
+        help="weight format of the output projection with each of --formats but bf16, which is the "
+        "baseline and keeps 16 bits (none: 16 bits with all)",
     )
     add("--kv-cache-dtype", help="as in serve.py (16 bits, as --dtype)")
     add(
@@ -144,6 +153,7 @@ class Row:
     devices: int = 1
     dtype: str = "bfloat16"
     norm_dtype: str | None = None
+    lm_head_format: str | None = None
     jax: str = jax.__version__
     tokens_per_s: float | None = None
     ms_per_step: float | None = None
@@ -224,6 +234,7 @@ def measure(args: argparse.Namespace, name: str, batch: int, params: Any, mesh: 
         devices=devices.count,
         dtype=args.dtype,
         norm_dtype=args.norm_dtype,
+        lm_head_format=head_beside(args.lm_head_format, parse_format(name)),
         tokens_per_s=batch / median,
         ms_per_step=median * 1e3,
         spread=(max(seconds) - min(seconds)) / median,
@@ -245,7 +256,9 @@ def work(args: argparse.Namespace) -> None:
     try:
         mesh = tensor_parallel_mesh(args.tp_size) if args.tp_size > 1 else None
         place = None if mesh is None else placer(config, mesh)
-        params = random_params(config, parse_format(name), dtype, place=place)
+        fmt = parse_format(name)
+        head = parse_format(head_beside(args.lm_head_format, fmt) or "none")
+        params = random_params(config, fmt, dtype, place=place, head=head)
         pack = None if args.backend == "auto" else False
         options = {"pack": pack, "norm_dtype": args.norm_dtype, "mesh": mesh}
         params, note = prepare_weights(params, dtype, **options)
@@ -265,12 +278,16 @@ def work(args: argparse.Namespace) -> None:
 def failed(args: argparse.Namespace, name: str, batch: int, reason: str) -> Row:
     """A row without figures."""
     settings = args.shape, name, args.kv_cache_dtype, batch, args.context, args.backend
-    return Row(*settings, dtype=args.dtype, norm_dtype=args.norm_dtype, error=reason)
+    head = head_beside(args.lm_head_format, parse_format(name))
+    types = {"dtype": args.dtype, "norm_dtype": args.norm_dtype, "lm_head_format": head}
+    return Row(*settings, **types, error=reason)
 
 
 def run_format(args: argparse.Namespace, name: str) -> list[Row]:
     """Measure one format in a child process."""
     flags = flags_from(args, PASSED_ON)
+    if parse_format(name) is None:
+        flags += ["--lm-head-format", "none"]  # the last one counts
     found, reason = run_isolated(__file__, ["--formats", name, *flags], args.time_limit)
     rows = [Row(**row) for row in found]
     measured = {row.batch for row in rows}
@@ -287,7 +304,8 @@ def table(rows: Sequence[Row]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        name = row.format if row.dtype == "bfloat16" else f"{row.format}, {row.dtype}"
+        name = label(row.format, row.lm_head_format)
+        name += "" if row.dtype == "bfloat16" else f", {row.dtype}"
         name += "" if row.norm_dtype is None else f", {row.norm_dtype} rows"
         head = f"| {name} | {row.kv_cache_dtype} | {row.batch} |"
         if row.tokens_per_s is None or row.ms_per_step is None or row.weight_bytes is None:
@@ -307,19 +325,20 @@ def kernel_table(row: Row, steps: int) -> list[str]:
     """A Markdown table of the kernels of a step."""
     if row.kernels is None or row.ms_per_step is None:
         return []
+    name = label(row.format, row.lm_head_format)
     lines = [
-        f"\n{row.format}, batch {row.batch}: a step of {row.ms_per_step * 1e3:,.0f} us",
+        f"\n{name}, batch {row.batch}: a step of {row.ms_per_step * 1e3:,.0f} us",
         "",
         "| kernel | per step | us each | us per step | share |",
         "|---|---:|---:|---:|---:|",
     ]
     rest = row.ms_per_step * 1e3
-    for name, count, seconds in row.kernels:
+    for kernel, count, seconds in row.kernels:
         us = seconds / steps * 1e6
         rest -= us
         share = us / row.ms_per_step / 1e3
         each = seconds / count * 1e6
-        lines.append(f"| {name[:60]} | {count / steps:g} | {each:.2f} | {us:.1f} | {share:.1%} |")
+        lines.append(f"| {kernel[:60]} | {count / steps:g} | {each:.2f} | {us:.1f} | {share:.1%} |")
     return [*lines, f"| others, and none | | | {rest:.1f} | {rest / row.ms_per_step / 1e3:.1%} |"]
 
 
@@ -333,11 +352,13 @@ def check(args: argparse.Namespace) -> None:
     if args.tp_size < 1:
         raise ValueError(f"--tp-size {args.tp_size} must be at least 1")
     check_tensor_parallel(config, args.tp_size)
+    head = head_rules(config, parse_format(args.lm_head_format))
     for name in args.formats.split(","):
         if name not in FORMATS:
             raise ValueError(f"unknown format {name!r}; choose from {', '.join(FORMATS)}")
         # Nothing here may look for devices: that would take their memory from the children.
-        check_cuts(config, args.tp_size, parse_format(name), None)
+        check_cuts(config, args.tp_size, parse_format(name), None, head)
+    check_head_format(args.lm_head_format, [parse_format(x) for x in args.formats.split(",")])
     kv = parse_kv_format(args.kv_cache_dtype, model_dtype=jnp.dtype(args.dtype))
     if args.kv_scale_mode is not None and not kv.quantized:
         raise ValueError(

@@ -41,9 +41,10 @@ from tqdm import tqdm
 
 from qjax._device import end_process
 from qjax.assets import bundled_model_path
-from qjax.checkpoints.hf import LoadedModel, load_model, resolve_folder
+from qjax.checkpoints.hf import LoadedModel, head_rules, load_model, resolve_folder
 from qjax.checkpoints.kv_scale_files import read_kv_scale_file
 from qjax.evaluation import abstract_params, kv_bytes_per_token, score, weight_bytes, windows
+from qjax.evaluation.heads import check_head_format, head_beside
 from qjax.evaluation.memory import LINEAR_KERNELS, WeightBytes
 from qjax.evaluation.report import Row, markdown_table, write_report
 from qjax.evaluation.speed import measure_speed
@@ -66,6 +67,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", help="model folder or hub id (default: the bundled model)")
     add("--text", help="UTF-8 text to score, .txt or .xz; needed unless --memory-only")
     add("--formats", default="bf16,fp8,int8,int4", help="weight formats (default %(default)s)")
+    add(
+        "--lm-head-format",
+        default="none",
+        metavar="FORMAT",
+        help="weight format of the output projection with each of --formats but bf16, which keeps "
+        "16 bits (default: none, 16 bits with all)",
+    )
     add("--kv-cache-dtypes", default="bf16", help="KV cache types (default %(default)s)")
     add(
         "--quantization-param-path",
@@ -87,6 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> dict[str, QuantFormat | None]:
     """Errors first: everything that can be wrong without loading a model."""
     formats = {name: parse_format(name) for name in args.formats.split(",")}
+    check_head_format(args.lm_head_format, formats.values())
     for name in args.kv_cache_dtypes.split(","):
         parse_kv(name, jnp.bfloat16)
     for name in ("max_tokens", "seq_len", "batch_size"):
@@ -136,16 +145,23 @@ def memory_rows(args: argparse.Namespace, formats: dict[str, QuantFormat | None]
     for source in map(Path, sources):  # all are read before the first is computed
         named = source.parent.name if source.name == "config.json" else source.stem
         configs.append((named, ModelConfig.from_hf(source)))
+        try:
+            head_rules(configs[-1][1], parse_format(args.lm_head_format))
+        except ValueError as error:
+            raise ValueError(f"{named}: {error}") from None
     rows = []
     for name, config in tqdm(configs, desc="models", disable=len(configs) < 2):
         dtype = jnp.dtype(args.dtype or config.dtype)
         for format_name, fmt in formats.items():
-            sizes = weight_bytes(abstract_params(config, fmt, dtype=dtype))
+            head_name = head_beside(args.lm_head_format, fmt)
+            head = parse_format(head_name or "none")
+            sizes = weight_bytes(abstract_params(config, fmt, head=head, dtype=dtype))
             for kv in args.kv_cache_dtypes.split(","):
                 per_token = kv_bytes_per_token(config, parse_kv(kv, dtype))
                 bits = 8 * dtype.itemsize if fmt is None else fmt.bits
                 rows.append(
-                    {"model": name, "format": format_name, "kv_cache_dtype": kv}
+                    {"model": name, "format": format_name, "lm_head_format": head_name}
+                    | {"kv_cache_dtype": kv}
                     | {"nominal_bytes": sizes.elements * bits // 8}
                     | size_columns(sizes)
                     | {"kv_bytes_per_token": per_token}
@@ -172,9 +188,10 @@ def sequences(args: argparse.Namespace, loaded: LoadedModel, text: str, seq_len:
 def scored_rows(args: argparse.Namespace, formats: dict[str, QuantFormat | None]) -> list[Row]:
     text = read_text(args.text)
     folder = resolve_folder(bundled_model_path() if args.model is None else args.model)
-    scales = None
+    scales, config = None, ModelConfig.from_hf(folder)
+    head = head_rules(config, parse_format(args.lm_head_format))
     if args.quantization_param_path is not None:
-        scales = read_kv_scale_file(args.quantization_param_path, ModelConfig.from_hf(folder))
+        scales = read_kv_scale_file(args.quantization_param_path, config)
     loaded = load_model(folder, dtype=args.dtype)
     scales = loaded.kv_scales if scales is None else scales
     if loaded.method is not None and any(formats.values()):
@@ -195,7 +212,7 @@ def scored_rows(args: argparse.Namespace, formats: dict[str, QuantFormat | None]
         for name, fmt in formats.items():
             params = loaded.params
             if fmt is not None:
-                params = quantize_tree(params, {LINEAR_KERNELS: fmt})
+                params = quantize_tree(params, {LINEAR_KERNELS: fmt, **(head or {})})
             for kv_name, (kv, static_scales) in caches.items():
                 bar.set_postfix_str(f"{name}, KV {kv_name}")
                 # From these weights, as the serving engine decides it.
@@ -213,6 +230,7 @@ def scored_rows(args: argparse.Namespace, formats: dict[str, QuantFormat | None]
                     progress="scoring",
                 )
                 row: Row = {"format": name, "kv_cache_dtype": kv_name}
+                row["lm_head_format"] = head_beside(args.lm_head_format, fmt)
                 row |= size_columns(weight_bytes(params))
                 row["kv_bytes_per_token"] = kv_bytes_per_token(loaded.config, kv)
                 row |= {"perplexity": scores.perplexity, "kl": scores.kl}

@@ -23,7 +23,7 @@ from qjax.serving import Engine
 from qjax.serving.build import (
     ModelChoices,
     build_engine,
-    check_devices,
+    check_model,
     engine_config,
     static_kv_dtype,
 )
@@ -34,8 +34,8 @@ from qjax.serving.http_flags import (
     sampling_defaults,
     take_address,
 )
+from qjax.serving.kv_flags import add_kv_flags
 from qjax.serving.kv_scales import (
-    PLAIN_EXPORT_DTYPE,
     check_export,
     export_scales,
     kv_stats_lines,
@@ -50,7 +50,6 @@ from qjax.serving.results import Result, ResultFile, checkpoint_fingerprint, fin
 from qjax.serving.settings import PRESETS, context_length, presets_help
 from qjax.tokenizer import Tokenizer
 
-KV_TYPES = ("auto", "bf16", "fp8_e5m2", "fp8_e4m3", "int8", "int4")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 EPILOG = """\
@@ -134,7 +133,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--skip-layers",
         metavar="REGEX",
         help="keep weights unquantized whose whole path matches, such as '.*/layers_0/.*'; "
-        "lm_head always is",
+        "lm_head always is, but for --lm-head-format",
+    )
+    add(
+        "--lm-head-format",
+        default="none",
+        metavar="FORMAT",
+        help="weight format of the output projection, which every token reads whole and which "
+        "--quantization leaves in 16 bits: one of its formats (default: none). A calibration "
+        "calibrates it too. Models with a tied embedding have none",
     )
     add("--dtype", choices=DTYPES, default="auto", help="compute type (default: the checkpoint's)")
     add(
@@ -148,44 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
         "no quantization groups (default: 1, the first GPU)",
     )
 
-    add = parser.add_argument_group("KV cache").add_argument
-    add(
-        "--kv-cache-dtype",
-        choices=KV_TYPES,
-        help="type of keys and values (default: auto, what the checkpoint was calibrated for or "
-        "else the compute type)",
-    )
-    add(
-        "--kv-scale-mode",
-        choices=("tracked", "dynamic", "static"),
-        help="scales from a running absmax of the sequence, from each token alone, or calibrated "
-        "ones of the checkpoint (default: static if it has them, else tracked)",
-    )
-    add(
-        "--quantization-param-path",
-        metavar="FILE.json",
-        help="static scales from a file, in SGLang's layout or that of --export-kv-scales, instead "
-        "of the checkpoint's; implies --kv-scale-mode static",
-    )
-    add(
-        "--kv-skip-layers",
-        metavar="LAYERS",
-        default="",
-        help="layers with an unquantized KV cache, such as 0,1,-1",
-    )
-    add(
-        "--export-kv-scales",
-        metavar="FILE.json",
-        help="after the run, write static scales per layer and head that cover the largest keys "
-        f"and values seen, for the run's KV cache type ({PLAIN_EXPORT_DTYPE} if that is 16-bit)",
-    )
-    add(
-        "--kv-stats",
-        action="store_true",
-        help="after the run, print values that were clipped or rounded to 0 and the largest "
-        "magnitudes, per layer (after an interruption: of the prompts that were left)",
-    )
-
+    add_kv_flags(parser)
     add = parser.add_argument_group("prompts and results").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable")
     add("--prompts", metavar="FILE", help="file of prompts, .txt or .jsonl; see below")
@@ -266,6 +236,7 @@ def generate(args: argparse.Namespace) -> None:
     preset = PRESETS[args.preset or "research"]
     args.quantization = args.quantization or preset.quantization
     calibration = parse_calibration(args.quantization)
+    head_format = parse_format(args.lm_head_format)
     if calibration is None:
         parse_format(args.quantization)
         for name in ("data", "cache"):
@@ -291,12 +262,8 @@ def generate(args: argparse.Namespace) -> None:
     defaults = sampling_defaults(args)
     folder = resolve_folder(bundled_model_path() if args.model is None else args.model)
     model_config = ModelConfig.from_hf(folder)
-    check_devices(
-        model_config,
-        args.tp_size,
-        args.quantization if calibration is None else calibration[1],
-        args.skip_layers,
-    )
+    quantization = args.quantization if calibration is None else calibration[1]
+    check_model(model_config, dataclasses.replace(choices, quantization=quantization))
     kv_scales = None
     if args.quantization_param_path is not None:
         kv_scales = scales_for_run(
@@ -326,12 +293,14 @@ def generate(args: argparse.Namespace) -> None:
             args.quantization,
             text=args.calibration_data,
             skip=choices.skip_layers,
+            head=head_format,
             kv_dtype=static_kv_dtype(choices, kv_scales),
             cache=args.calibration_cache,
             say=lambda line: note(args, line),
             progress=not args.quiet,
         )
-        choices = dataclasses.replace(choices, quantization="none", skip_layers=None)
+        as_stored: dict[str, Any] = {"quantization": "none", "lm_head_format": "none"}
+        choices = dataclasses.replace(choices, **as_stored, skip_layers=None)
 
     streaming = args.output is None and len(jobs) == 1
 

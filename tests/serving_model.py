@@ -14,7 +14,7 @@ from qjax.models.config import ModelConfig
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}bot:"
 
 
-def write_model(folder: pathlib.Path, num_kv_heads: int = 1) -> pathlib.Path:
+def write_model(folder: pathlib.Path, num_kv_heads: int = 1, tied: bool = True) -> pathlib.Path:
     """One layer, a tokenizer and a chat template, in the usual files; returns the folder."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,7 +39,7 @@ def write_model(folder: pathlib.Path, num_kv_heads: int = 1) -> pathlib.Path:
         head_dim=16,
         max_position_embeddings=128,
         eos_token_ids=(0,),
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         dtype="float32",
     )
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
@@ -62,5 +62,7 @@ def write_model(folder: pathlib.Path, num_kv_heads: int = 1) -> pathlib.Path:
         layer + "mlp.up_proj.weight": weight(64, 32),
         layer + "mlp.down_proj.weight": weight(32, 64),
     }
+    if not tied:
+        tensors["lm_head.weight"] = weight(288, 32)
     save_file(tensors, folder / "model.safetensors")
     return folder

@@ -35,12 +35,28 @@ def test_a_row_per_batch_size(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     output = tmp_path / "rows.jsonl"
     flags = ["--formats", "int4", "--batch-sizes", "2", "--kv-cache-dtype", "int8"]
+    flags += ["--lm-head-format", "fp8"]
     assert bench_decode.main([*SMALL, *flags, "--output", str(output)]) == 0
     (row,) = (json.loads(line) for line in output.read_text().splitlines())
+    assert row["lm_head_format"] == "fp8"
+    saved = 128 * 512 - 512 * 4  # of 16 bits, less the scales
+    assert row["weight_bytes"] == quantized_nbytes(params_of("int4")) - saved
     assert row["error"] is None and row["batch"] == 2 and row["kv_cache_dtype"] == "int8-tracked"
     assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms_per_step"])
     assert row["step_bytes"] > row["weight_bytes"] / 2
-    assert "| int4 | int8-tracked | 2 |" in capsys.readouterr().out
+    assert "| int4, lm_head fp8 | int8-tracked | 2 |" in capsys.readouterr().out
+
+
+def test_the_baseline_keeps_its_lm_head(monkeypatch):
+    args = bench_decode.parse_args([*SMALL, "--lm-head-format", "int8"])
+    given = []
+    monkeypatch.setattr(
+        bench_decode, "run_isolated", lambda script, flags, limit: given.append(flags) or ([], "")
+    )
+    rows = [row for name in ("bf16", "int4") for row in bench_decode.run_format(args, name)]
+    assert [row.lm_head_format for row in rows] == [None, None, "int8", "int8"]
+    heads = [bench_decode.parse_args(flags).lm_head_format for flags in given]
+    assert heads == ["none", "int8"]
 
 
 def test_over_two_devices():
@@ -80,6 +96,8 @@ def test_kernels_of_a_step(capsys):
     ("flags", "message"),
     [
         (["--formats", "int5"], "unknown format 'int5'"),
+        (["--lm-head-format", "int5"], "unknown format 'int5'"),
+        (["--lm-head-format", "fp8", "--formats", "bf16,none"], "none of --formats quantizes any"),
         (["--batch-sizes", "1,x"], "--batch-sizes '1,x' must be numbers"),
         (["--kv-cache-dtype", "int5"], "'int5' is unknown"),
         (["--kernels", "-1"], "--kernels -1 must not be negative"),

@@ -16,6 +16,7 @@ from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
 from qjax.training import bpe, folder, loop
 from scripts import compare
+from tests.serving_model import write_model
 
 TEXT = "the cat sat on the mat and the dog sat on the log.\n\nwhy did the cat sit?\n" * 8
 
@@ -122,6 +123,22 @@ def test_memory_only_needs_no_weights(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "results.png").exists()
 
 
+def test_lm_head_has_a_format_of_its_own(text: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path, tied=False)
+    argv = f"--model {model} --formats bf16,int4_g32 --lm-head-format int8 --output-dir"
+    score = f"--text {text} --seq-len 16 --max-tokens 30 --no-speed"
+    found = []
+    for name, flags in (("scored", score), ("sizes", "--memory-only")):
+        compare.main([*argv.split(), str(tmp_path / name), *flags.split()])
+        rows = json.loads((tmp_path / name / "results.json").read_text())
+        assert [row["lm_head_format"] for row in rows] == [None, "int8"]
+        found.append([row["weight_bytes"] for row in rows])
+    linear = 32 * (2 * 32 + 2 * 16 + 3 * 64)
+    saved = 4 * (linear + 32 * 288) - (linear // 2 + linear // 32 * 4 + 32 * 288 + 288 * 4)
+    assert found[0] == found[1] and found[0][0] - found[0][1] == saved
+    assert "| int4_g32 | int8 | " in (tmp_path / "scored" / "results.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -135,6 +152,9 @@ def test_memory_only_needs_no_weights(model: Path, tmp_path: Path) -> None:
         ("--text t --configs c", "needs --memory-only"),
         ("--text t --quantization-param-path s", "s: no KV cache type uses it"),
         ("--text t --formats int5", "unknown format 'int5'"),
+        ("--text t --lm-head-format int5", "unknown format 'int5'"),
+        ("--text t --lm-head-format int8 --formats none", "none of --formats quantizes anything"),
+        ("--memory-only --lm-head-format int8", "books-9m: lm_head cannot be quantized to int8"),
         ("--text t --kv-cache-dtypes fp4", "'fp4' is unknown"),
         ("--text t --kv-cache-dtypes int8:fast", "'fast' is unknown"),
         ("--text t --batch-size 0", "--batch-size 0 is too small"),

@@ -148,6 +148,13 @@ def test_abstract_sizes_are_those_of_real_parameters(params) -> None:
         real = params if fmt is None else quantize_tree(params, {memory.LINEAR_KERNELS: fmt})
         abstract = evaluation.abstract_params(CONFIG, fmt, dtype=jnp.float32)
         assert evaluation.weight_bytes(abstract) == evaluation.weight_bytes(real)
+    head = FORMATS["int8"]
+    real = quantize_tree(params, {"lm_head/kernel": head})
+    abstract = evaluation.abstract_params(CONFIG, None, head=head, dtype=jnp.float32)
+    assert evaluation.weight_bytes(abstract) == evaluation.weight_bytes(real)
+    with pytest.raises(ValueError, match="none of its own"):
+        tied = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+        evaluation.abstract_params(tied, None, head=head)
     sizes = evaluation.weight_bytes(evaluation.abstract_params(CONFIG, FORMATS["int4_g32"]))
     linear = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64)
     assert sizes.linear_elements == linear and sizes.codes == linear // 2

@@ -286,6 +286,11 @@ def test_a_damaged_partial_file_is_an_error(model, tmp_path, capsys):
         ),
         (['{"prompt": "a"}'], ("--kv-scale-mode", "dynamic"), "has no scales"),
         (None, ("--quantization", "int5"), "unknown format 'int5'; choose one of none, bf16, fp8"),
+        (['{"prompt": "a"}'], ("--lm-head-format", "int5"), "unknown format 'int5'; choose one of"),
+        (
+            ['{"prompt": "a"}'], ("--lm-head-format", "int8"),
+            "lm_head cannot be quantized to int8_channel: this model has none of its own",
+        ),
         (['{"prompt": "a"}'], ("--skip-layers", ".*/layers_0/.*"), "leaves nothing to skip"),
         (
             ['{"prompt": "a"}'],

@@ -28,7 +28,7 @@ from qjax.ops._dispatch import kernels_by_default
 from qjax.quantize import quantize_tree, quantized_nbytes
 from qjax.sampling import SamplingParams
 from qjax.serving import Engine, EngineConfig, Request
-from qjax.serving.build import check_devices
+from qjax.serving.build import ModelChoices, check_model
 from qjax.serving.devices import Devices, bytes_per_device
 from qjax.serving.weights import prepare_weights
 from scripts import serve
@@ -234,11 +234,11 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="over 5 devices; there are 4"):
         tensor_parallel_mesh(5)
     with pytest.raises(ValueError, match="num_kv_heads=4 .* 3 devices.* cut over 1, 2, 4"):
-        check_devices(QWEN3, 3, "none", None)
+        check_model(QWEN3, ModelChoices(tp_size=3))
     wide = dataclasses.replace(QWEN3, intermediate_size=384)
     with pytest.raises(ValueError, match="down_proj.*over 4 devices.*groups of 128.*groups of 32"):
-        check_devices(wide, 4, "int4", None)
-    check_devices(wide, 4, "int4_g32", None)
+        check_model(wide, ModelChoices("int4", tp_size=4))
+    check_model(wide, ModelChoices("int4_g32", tp_size=4))
     module = types.SimpleNamespace(config=QWEN3)
     with pytest.raises(ValueError, match="load parameters with load_model"):
         Engine(module, plain_params(QWEN3), SIZES, MIXED_KV[0], mesh=tensor_parallel_mesh(2))

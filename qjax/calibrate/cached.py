@@ -18,8 +18,8 @@ from qjax.calibrate.settings import METHODS, Settings
 from qjax.calibrate.source import ModelSource
 from qjax.calibrate.store import fingerprint as array_fingerprint
 from qjax.calibrate.text import read_documents, sample_tokens
-from qjax.checkpoints.hf import load_model
-from qjax.formats import parse_format
+from qjax.checkpoints.hf import head_rules, load_model
+from qjax.formats import QuantFormat, parse_format
 from qjax.kv_format import parse_kv_format
 from qjax.sampling import SamplingParams
 from qjax.serving.engine import Engine, EngineConfig
@@ -62,6 +62,7 @@ def calibrated_folder(
     *,
     text: Path | None = None,
     skip: str | None = None,
+    head: QuantFormat | None = None,
     kv_dtype: str | None = None,
     cache: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -74,6 +75,7 @@ def calibrated_folder(
       name: See ``parse_calibration``.
       text: Calibration text; None lets the model write it.
       skip: Regular expression on parameter paths to leave unquantized.
+      head: Format of ``lm_head``, calibrated like the others; None leaves it unquantized.
       kv_dtype: Also calibrate static KV cache scales for this type.
       cache: Where calibrated checkpoints are; ``default_cache()`` if None.
       say: Is told in a line what is being done, what was found, or which process is waited for
@@ -87,9 +89,10 @@ def calibrated_folder(
     if parsed is None:
         raise ValueError(f"{name!r} is no calibration; choose METHOD or METHOD:FORMAT")
     method, format_name = parsed
-    rules = () if skip is None else ((skip, None),)
-    settings = Settings(parse_format(format_name), method, rules=rules, kv_dtype=kv_dtype)
     config = ModelSource(source).config  # refuses what is quantized already
+    rules = () if skip is None else ((skip, None),)
+    rules += tuple((head_rules(config, head) or {}).items())
+    settings = Settings(parse_format(format_name), method, rules=rules, kv_dtype=kv_dtype)
     tokenizer = Tokenizer.from_folder(source)
     samples = None
     if text is not None:

@@ -29,12 +29,12 @@ from qjax.calibrate.linears import Batch, get_at, plain_weights, run_block
 from qjax.calibrate.plan import block_sensitivities, plan_formats
 from qjax.calibrate.report import Report, mean_ratio
 from qjax.calibrate.settings import DEFAULT_RULE, Settings
-from qjax.calibrate.source import EMBEDDING, HEAD, NORM, ModelSource, insert
+from qjax.calibrate.source import EMBEDDING, NORM, ModelSource, insert
 from qjax.calibrate.store import BlockStore, BlockWriter, fingerprint, to_device
 from qjax.calibration.stats import init_hessian, output_error, update_hessian
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.export import EXPORT_FORMATS, save_model
-from qjax.checkpoints.layout import Leaf
+from qjax.checkpoints.layout import HEAD, Leaf
 from qjax.checkpoints.native import MANIFEST, save_native
 from qjax.checkpoints.reader import KVScales
 from qjax.checkpoints.safetensors_io import read_json

@@ -18,7 +18,7 @@ from qjax.calibration.rotation import (
     rotate_inputs,
 )
 from qjax.checkpoints.errors import CheckpointError
-from qjax.checkpoints.layout import Leaf, check_tensors, model_leaves
+from qjax.checkpoints.layout import HEAD, Leaf, check_tensors, model_leaves
 from qjax.checkpoints.quantized import find_reader
 from qjax.checkpoints.safetensors_io import SafetensorsCheckpoint, read_json
 from qjax.models.config import ModelConfig
@@ -26,7 +26,6 @@ from qjax.typing import Array
 
 EMBEDDING = "model/embed_tokens/embedding"
 NORM = "model/norm/weight"
-HEAD = "lm_head/kernel"
 
 
 class ModelSource:

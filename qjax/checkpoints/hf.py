@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from qjax.checkpoints.arrival import Each, plain_parameter, quantized_parameter, stored_parameter
 from qjax.checkpoints.errors import CheckpointError
-from qjax.checkpoints.layout import Leaf, check_tensors, model_leaves
+from qjax.checkpoints.layout import HEAD, Leaf, check_tensors, model_leaves
 from qjax.checkpoints.pipeline import Workers
 from qjax.checkpoints.quantized import find_reader
 from qjax.checkpoints.reader import GetTensor, KVScales, QuantizedReader
@@ -247,8 +247,36 @@ def _compute_dtype(config: ModelConfig, dtype: Any) -> Any:
     return jnp.dtype(name)
 
 
+def head_rules(config: ModelConfig, fmt: QuantFormat | None) -> Rules | None:
+    """``rules`` of ``load_model`` by which the output projection is quantized too.
+
+    Args:
+      config: The model.
+      fmt: Format of ``lm_head``; None leaves it as it is.
+
+    Returns:
+      The rules, or None.
+
+    Raises:
+      ValueError: If the model has no ``lm_head`` of its own.
+    """
+    if fmt is None:
+        return None
+    if config.tie_word_embeddings:
+        raise ValueError(
+            f"lm_head cannot be quantized to {fmt.name}: this model has none of its own, its "
+            "embedding is the output projection too (tie_word_embeddings) and is not quantized; "
+            "leave the format of lm_head out"
+        )
+    return {HEAD: fmt}
+
+
 def check_cuts(
-    config: ModelConfig, devices: int, quantization: QuantFormat | None, skip: str | None
+    config: ModelConfig,
+    devices: int,
+    quantization: QuantFormat | None,
+    skip: str | None,
+    rules: Rules | None = None,
 ) -> None:
     """Raise what ``load_model`` over so many devices would raise about layers that it quantizes.
 
@@ -257,12 +285,13 @@ def check_cuts(
       devices: Size of the mesh axis.
       quantization: As of ``load_model``.
       skip: As of ``load_model``.
+      rules: As of ``load_model``.
 
     Raises:
       ValueError: If a layer cannot be cut, or a shard would cut a group.
     """
     leaves = model_leaves(config)
-    formats = _choose_formats(leaves, None, quantization, skip, None)
+    formats = _choose_formats(leaves, None, quantization, skip, rules)
     _check_cuts(leaves, formats, config, devices)
 
 
@@ -314,6 +343,8 @@ def _choose_formats(
 ) -> dict[str, QuantFormat | None]:
     asked = {"quantization": quantization, "skip": skip, "rules": rules}
     given = [name for name, value in asked.items() if value is not None]
+    if given == ["rules"]:
+        given = [f"rules for {', '.join(rules or ())}"]
     if reader is not None and given:
         raise ValueError(
             f"the checkpoint is quantized already ({reader.name}); load it without {given[0]}, or "
@@ -328,8 +359,8 @@ def _choose_formats(
         ordered.setdefault(pattern, fmt)
     kernels = [leaf.path for leaf in leaves if leaf.is_kernel]
     if quantization is not None:
-        if "lm_head/kernel" in kernels:
-            ordered.setdefault("lm_head/kernel", None)
+        if HEAD in kernels:
+            ordered.setdefault(HEAD, None)
         ordered.setdefault(".*/kernel", quantization)
     return match_rules(kernels, ordered)
 

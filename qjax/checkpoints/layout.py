@@ -18,6 +18,9 @@ from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
 from qjax.quantize import path_string
 
+HEAD = "lm_head/kernel"
+"""Parameter path of the output projection, which models with a tied embedding do not have."""
+
 _FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 # Derived from the config, stored by old versions of transformers.

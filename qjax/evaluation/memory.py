@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.checkpoints.layout import model_leaves
+from qjax.checkpoints.hf import head_rules
+from qjax.checkpoints.layout import HEAD, model_leaves
 from qjax.formats import QuantFormat
 from qjax.kv_format import KVFormat
 from qjax.models.config import ModelConfig
@@ -22,7 +23,8 @@ from qjax.quantized_array import QuantizedArray, packed_nbytes
 from qjax.typing import DType, PyTree
 
 LINEAR_KERNELS = r"model/layers_\d+/.*/kernel"
-"""Parameter paths of what a weight format applies to: every linear layer but ``lm_head``."""
+"""Parameter paths of what a weight format applies to: every linear layer but ``lm_head``, which has
+a format of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +72,35 @@ def weight_bytes(params: PyTree) -> WeightBytes:
 
 
 def abstract_params(
-    config: ModelConfig, fmt: QuantFormat | None, *, dtype: DType = jnp.bfloat16
+    config: ModelConfig,
+    fmt: QuantFormat | None,
+    *,
+    head: QuantFormat | None = None,
+    dtype: DType = jnp.bfloat16,
 ) -> dict[str, Any]:
     """The parameters a model would have, as shapes and types: no weights and no memory needed.
 
     Args:
       config: The model.
       fmt: Format of the linear layers but ``lm_head``; None leaves them in ``dtype``.
+      head: Format of ``lm_head``, likewise.
       dtype: Type of what is not quantized; norm weights are float32, as they are when loaded.
 
     Returns:
       ``{path: ShapeDtypeStruct}``, with ``QuantizedArray`` of such for what is quantized.
+
+    Raises:
+      ValueError: If there is a format for ``lm_head`` and the model has none of its own.
     """
+    head_rules(config, head)
     params: dict[str, Any] = {}
     # Layers are alike, and tracing eighty of them takes seconds.
     one_layer = dataclasses.replace(config, num_layers=1, layer_windows=())
     for leaf in model_leaves(one_layer):
         value: Any = jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if leaf.is_norm else dtype)
-        if fmt is not None and re.fullmatch(LINEAR_KERNELS, leaf.path):
-            value = _abstract_quantize(leaf.shape, jnp.dtype(dtype), fmt)
+        chosen = head if leaf.path == HEAD else fmt
+        if chosen is not None and (leaf.path == HEAD or re.fullmatch(LINEAR_KERNELS, leaf.path)):
+            value = _abstract_quantize(leaf.shape, jnp.dtype(dtype), chosen)
         copies = config.num_layers if "/layers_0/" in leaf.path else 1
         for i in range(copies):
             params[leaf.path.replace("/layers_0/", f"/layers_{i}/")] = value

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qjax._files import replacing, write_text_atomic
+from qjax.evaluation.heads import label
 
 Row = dict[str, Any]
 
@@ -16,6 +17,7 @@ Row = dict[str, Any]
 _COLUMNS = (
     ("model", "model", "{}"),
     ("format", "weights", "{}"),
+    ("lm_head_format", "lm_head", "{}"),
     ("kv_cache_dtype", "KV cache", "{}"),
     ("weight_bytes", "weights, MB", "{mega:,.2f}"),
     ("nominal_bytes", "bits times parameters, MB", "{mega:,.2f}"),
@@ -92,7 +94,7 @@ def _plot(rows: Sequence[Row], path: Path) -> bool:
         if i == 0:
             for row, size in zip(chosen, sizes, strict=True):
                 axes.annotate(
-                    row["format"],
+                    label(row["format"], row.get("lm_head_format")),
                     (size, row["perplexity"]),
                     textcoords="offset points",
                     xytext=(6, 4),

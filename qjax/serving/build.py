@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
-from qjax.checkpoints.hf import check_cuts, load_model
+from qjax.checkpoints.hf import check_cuts, head_rules, load_model
+from qjax.checkpoints.layout import HEAD
 from qjax.checkpoints.reader import KVScales
 from qjax.formats import parse_format
 from qjax.kv_format import parse_kv_format
@@ -26,6 +28,7 @@ class ModelChoices:
 
     Attributes:
       quantization: Weight format by its command-line name.
+      lm_head_format: That of the output projection, which the other does not touch.
       skip_layers: Regular expression on parameter paths to leave unquantized, or None.
       dtype: Compute type, or ``auto`` for the checkpoint's.
       kv_cache_dtype: See ``kv_formats``.
@@ -35,6 +38,7 @@ class ModelChoices:
     """
 
     quantization: str = "none"
+    lm_head_format: str = "none"
     skip_layers: str | None = None
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
@@ -97,25 +101,42 @@ def engine_config(
     )
 
 
-def check_devices(
-    config: ModelConfig, tp_size: int, quantization: str, skip_layers: str | None
-) -> None:
-    """Find out before weights are read, or calibrated, whether a model can be cut.
+def check_model(config: ModelConfig, choices: ModelChoices) -> None:
+    """Find out before weights are read, or calibrated, whether choices fit a model.
 
     Args:
       config: The model.
-      tp_size: Devices.
-      quantization: Weight format by its command-line name, that of a calibration too.
-      skip_layers: See ``ModelChoices``.
+      choices: With the weight format of a calibration in place of the calibration's name.
 
     Raises:
       ValueError: If there are fewer devices, heads or widths do not divide, or a format has groups
-        that would be cut. Stored formats are checked as their layers are read.
+        that would be cut; if there is no ``lm_head`` to quantize, or it is to be skipped as well.
+        Stored formats are checked as their layers are read.
     """
-    devices = tensor_parallel_mesh(tp_size).size
+    fmt, skip = parse_format(choices.quantization), choices.skip_layers
+    rules = head_rules(config, parse_format(choices.lm_head_format))
+    if rules is not None and skip is not None:
+        if fmt is None:
+            raise ValueError(
+                f"{skip=} without a quantization leaves nothing to skip, lm_head has its own "
+                "format; leave it out"
+            )
+        if _matches(skip, HEAD):
+            raise ValueError(
+                f"{skip=} matches {HEAD}, which is to be quantized to {choices.lm_head_format}; "
+                "leave one of them out"
+            )
+    devices = tensor_parallel_mesh(choices.tp_size).size
     check_tensor_parallel(config, devices)
     if devices > 1:
-        check_cuts(config, devices, parse_format(quantization), skip_layers)
+        check_cuts(config, devices, fmt, skip, rules)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error:
+        return False  # the loader says what is wrong with it
 
 
 def build_engine(
@@ -146,10 +167,12 @@ def build_engine(
       ValueError: If the choices do not fit the checkpoint or the devices, or it is damaged.
     """
     mesh = tensor_parallel_mesh(choices.tp_size) if choices.tp_size != 1 else None
+    head = parse_format(choices.lm_head_format)
     model = load_model(
         folder,
         quantization=parse_format(choices.quantization),
         skip=choices.skip_layers,
+        rules=None if head is None else head_rules(ModelConfig.from_hf(folder), head),
         dtype=None if choices.dtype == "auto" else choices.dtype,
         progress=progress,
         mesh=mesh,
@@ -184,4 +207,7 @@ def build_engine(
         mesh=mesh,
     )
     names = dict.fromkeys(f.name for f in formats)
-    return engine, model.method or choices.quantization, " and ".join(names)
+    weights = model.method or choices.quantization
+    if head is not None:
+        weights += f", lm_head {choices.lm_head_format}"
+    return engine, weights, " and ".join(names)

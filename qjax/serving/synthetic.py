@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.checkpoints.hf import head_rules
+from qjax.checkpoints.layout import HEAD
 from qjax.formats import QuantFormat
 from qjax.generate import DecodeState
 from qjax.kv_cache import QuantizedKVCache
@@ -92,27 +94,34 @@ def random_params(
     dtype: Any = jnp.bfloat16,
     seed: int = 0,
     place: Callable[[str, Any], Any] | None = None,
+    head: QuantFormat | None = None,
 ) -> Params:
-    """Random parameters of a decoder; kernels but ``lm_head`` quantized, as ``load_model`` does.
+    """Random parameters of a decoder, quantized as ``load_model`` does.
 
     Args:
       config: The model.
-      fmt: Weight format, or None.
+      fmt: Weight format of kernels but ``lm_head``, or None.
       dtype: Type of what is not quantized; norm weights are float32.
       seed: Of the contents.
       place: Puts each parameter where it shall live, as of ``load_model``.
+      head: Weight format of ``lm_head``, or None.
 
     Returns:
       Parameters whose values have the spread of trained ones, about 0.02.
+
+    Raises:
+      ValueError: If there is a format for ``lm_head`` and the model has none of its own.
     """
+    head_rules(config, head)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
     flat, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     leaves = []
     for i, (key_path, leaf) in enumerate(flat):
         path, key = path_string(key_path), jax.random.key(seed * 1_000_003 + i)
-        if path.endswith("/kernel") and path != "lm_head/kernel" and fmt is not None:
-            leaves.append(_random_quantized(key, leaf.shape, fmt, jnp.dtype(dtype)))
+        chosen = head if path == HEAD else fmt
+        if path.endswith("/kernel") and chosen is not None:
+            leaves.append(_random_quantized(key, leaf.shape, chosen, jnp.dtype(dtype)))
         elif leaf.ndim < 2:
             norm = jax.random.uniform(key, leaf.shape, minval=0.8, maxval=1.2)
             leaves.append(norm if path.endswith("weight") else (norm - 1).astype(dtype))

@@ -15,7 +15,7 @@ from qjax._device import device_info, mosaic_gpu_unsupported_reason
 from qjax.models.fusion import fuse_layer, left_apart
 from qjax.models.sharding import PerDevice
 from qjax.ops._dispatch import kernels_by_default
-from qjax.ops.packed import PackedWeight, pack_tree
+from qjax.ops.packed import PackedWeight, pack_tree, pack_unsupported_reason
 from qjax.quantize import is_quantized
 from qjax.serving.devices import mesh_of
 from qjax.typing import DType, Params
@@ -102,7 +102,9 @@ def prepare_weights(
         )
     if pack and "lm_head" in root:
         root["lm_head"] = pack_head(root["lm_head"])
-    return params, _describe(params, fuse, reason if not pack else None, left, len(half))
+    note = _describe(params, fuse, reason if not pack else None, left, len(half))
+    head = _head_left(params) if pack else None
+    return params, note if head is None else f"{note}; XLA multiplies lm_head ({head})"
 
 
 def _of_float16_rows(layer: Params) -> list[tuple[str, str]]:
@@ -135,6 +137,20 @@ class _KernelsPerDevice:
         flat = flatten_dict(layer)
         kernels = {path: flat.pop(path) for path in list(flat) if path[-1] == "kernel"}
         return unflatten_dict(flat | flatten_dict(self._function(unflatten_dict(kernels))))
+
+
+def _head_left(params: Params) -> str | None:
+    """Why the output projection, by far the largest matrix, was not packed; None if it need not be.
+
+    Over a mesh a device's part of the vocabulary counts.
+    """
+    kernel: Any = params["lm_head"]["kernel"] if "lm_head" in params else None
+    if not is_quantized(kernel):
+        return None
+    held = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype), kernel
+    )
+    return pack_unsupported_reason(held)
 
 
 def _describe(params: Params, fuse: bool, reason: str | None, left: Counter[str], half: int) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from qjax.calibrate import Settings, cached, calibrate_checkpoint
 from qjax.checkpoints.hf import load_model
-from qjax.formats import INT4_G32
+from qjax.formats import INT4_G32, INT8_CHANNEL
 from scripts import serve
 from tests.calibration.tiny import write_model
 
@@ -20,7 +20,7 @@ SHORT = ["--max-new-tokens", "2"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    write_model(folder, layers=1)
+    write_model(folder, layers=1, tied=False)
     return folder
 
 
@@ -34,7 +34,8 @@ def test_serve_calibrates_once(
         source: pathlib.Path, output: pathlib.Path, settings: Settings, _: Any, **__: Any
     ) -> None:
         assert settings.method == "awq"
-        calibrate_checkpoint(source, output, Settings(settings.fmt, "rtn"), None, progress=False)
+        settings = Settings(settings.fmt, "rtn", rules=settings.rules)
+        calibrate_checkpoint(source, output, settings, None, progress=False)
 
     monkeypatch.setattr(cached, "calibrate_checkpoint", quick)
     text = tmp_path / "text.txt"
@@ -42,18 +43,25 @@ def test_serve_calibrates_once(
     cache = tmp_path / "cache"
     flags = ["--model", str(model), "--prompt", "a", *SHORT]
     flags += ["--quantization", "awq:int4_g32", "--calibration-cache", str(cache)]
-    flags += ["--calibration-data", str(text)]
+    flags += ["--calibration-data", str(text), "--lm-head-format", "int8"]
     assert serve.main(flags) == 0
     first = capsys.readouterr()
     assert first.out and f"calibrating tiny with awq for int4_g32, on {text}" in first.err
     (made,) = cache.iterdir()
     assert made.name.startswith("tiny-awq-int4_g32-")
-    kernel = load_model(made, progress=False).params["model"]["layers_0"]["mlp"]["up_proj"]
-    assert kernel["kernel"].fmt == INT4_G32
+    params = load_model(made, progress=False).params
+    assert params["model"]["layers_0"]["mlp"]["up_proj"]["kernel"].fmt == INT4_G32
+    assert params["lm_head"]["kernel"].fmt == INT8_CHANNEL
 
     lines: list[str] = []
     found = cached.calibrated_folder(
-        model, "awq:int4_g32", text=text, cache=cache, say=lines.append, progress=False
+        model,
+        "awq:int4_g32",
+        text=text,
+        head=INT8_CHANNEL,
+        cache=cache,
+        say=lines.append,
+        progress=False,
     )
     assert found == made and lines == [f"using {made}, calibrated before"]
 
@@ -74,7 +82,8 @@ def test_the_key_follows_model_method_and_text(
         for name in ("gptq", "awq", "gptq:int8", "gptq"):
             cached.calibrated_folder(model, name, text=text, cache=tmp_path / "c")
     cached.calibrated_folder(model, "gptq", text=text, kv_dtype="int8", cache=tmp_path / "c")
-    assert len({path for path, _ in made}) == len(made) == 7
+    cached.calibrated_folder(model, "gptq", text=text, head=INT8_CHANNEL, cache=tmp_path / "c")
+    assert len({path for path, _ in made}) == len(made) == 8
     cached.calibrated_folder(model, "gptq", cache=tmp_path / "c")
     tokens, valid = made[-1][1]  # written by the model itself
     assert tokens.shape == (64, 64) and valid.all() and len(np.unique(tokens[:, 5])) > 20
@@ -88,6 +97,7 @@ def test_the_key_follows_model_method_and_text(
         (["--quantization", "gptq", "--calibration-data", "nowhere.txt"], "nowhere.txt"),
         (["--quantization", "int4", "--calibration-data", "x"], "has no use with --quantization"),
         (["--quantization", "gtpq"], "unknown"),
+        (["--quantization", "autoround", "--lm-head-format", "fp8"], "integers; float8_e4m3fn_"),
     ],
 )
 def test_refusals(

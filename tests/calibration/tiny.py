@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
 )
 
 
-def write_model(folder: pathlib.Path, layers: int) -> None:
+def write_model(folder: pathlib.Path, layers: int, tied: bool = True) -> None:
     """Write the checkpoint."""
     rng = np.random.default_rng(0)
 
@@ -46,8 +46,12 @@ def write_model(folder: pathlib.Path, layers: int) -> None:
             "self_attn": {name: kernel() for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
             "mlp": {name: kernel() for name in ("gate_proj", "up_proj", "down_proj")},
         }
-    config = dataclasses.replace(CONFIG, num_layers=layers, layer_windows=())
-    save_model(folder, config, {"model": model}, "none", progress=False)
+    params: dict[str, Any] = {"model": model}
+    if not tied:
+        params["lm_head"] = {"kernel": rng.normal(size=(32, 256)).astype(np.float32)}
+    sizes: dict[str, Any] = {"num_layers": layers, "layer_windows": ()}
+    config = dataclasses.replace(CONFIG, **sizes, tie_word_embeddings=tied)
+    save_model(folder, config, params, "none", progress=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -14,7 +14,7 @@ import pytest
 
 from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
 from qjax.pallas_kernels.weight_only import Config, Problem, heuristic_config, smem_bytes
-from tests.kernels.problems import WEIGHTS, shipped
+from tests.kernels.problems import SHAPES, WEIGHTS, shipped
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What ptxas says (C7510, C7512, C7513 and others) where it makes every wgmma wait for the last.
@@ -84,6 +84,16 @@ def test_gated_products() -> None:
             ("float8_e4m3fn", None, False, "bfloat16"),
         ]:
             problem = Problem(rows, 4096, 28672, *weight, gated=True)
+            problems.append((problem, heuristic_config(problem)))
+    assert not _compile(problems)
+
+
+def test_output_projections() -> None:
+    """A quantized ``lm_head``: float32 logits of one row and of many."""
+    problems = []
+    for kind in ("int8", "float8_e4m3fn"):
+        for rows in (1, 64):
+            problem = Problem(rows, *SHAPES["8b_lm_head"], kind, compute="bfloat16", out_itemsize=4)
             problems.append((problem, heuristic_config(problem)))
     assert not _compile(problems)
 
