@@ -359,7 +359,7 @@ def packed_kernels(
       says why.
     """
     if w.fmt.activation is not None:
-        return [_w8a8().kernel(x, w, out_dtype=out_dtype)]
+        return _w8a8().kernels(x, w, out_dtype=out_dtype)
     problem = packed_problem(x, w, out_dtype=out_dtype)
     kernels: tuple[Any, ...] = (weight_only, weight_only_large)
     found = [kernel for kernel in kernels if kernel.unsupported_reason(problem) is None]

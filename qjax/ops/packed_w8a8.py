@@ -19,7 +19,7 @@ from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles
 from qjax.ops.activations import QuantizedActivation, quantize_activation
 from qjax.ops.packed import PackedWeight, pack_for_registers
-from qjax.pallas_kernels import w8a8, weight_only_large
+from qjax.pallas_kernels import w4a8, w8a8, weight_only_large
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array, DType
 
@@ -123,21 +123,31 @@ def _pack(w: QuantizedArray) -> PackedW8A8:
     )
 
 
-def kernel(
+_EXPAND_FROM = 1024
+"""Rows from which int4 codes are written out as int8, where nothing was measured."""
+
+
+def kernels(
     x: Array, w: PackedWeight, *, out_dtype: DType | None = None
-) -> tuple[Any, w8a8.Problem | weight_only_large.Problem]:
-    """The module of the kernel for ``x @ w`` and its problem; see ``packed.packed_kernels``."""
+) -> list[tuple[Any, w8a8.Problem | weight_only_large.Problem | w4a8.Problem]]:
+    """The modules of the kernels for ``x @ w``; see ``packed.packed_kernels``."""
     m = math.prod(x.shape[:-1])
     out_itemsize = jnp.dtype(x.dtype if out_dtype is None else out_dtype).itemsize
     k, n = w.shape
     if isinstance(w, PackedW8A8):
         kinds = w.compute, _activation(w).storage_dtype.name
         blocks = w.scales is not None
-        return w8a8, w8a8.Problem(m, k, n, *kinds, blocks=blocks, out_itemsize=out_itemsize)
+        problem = w8a8.Problem(m, k, n, *kinds, blocks=blocks, out_itemsize=out_itemsize)
+        return [(w8a8, problem)]
     group_size = None if w.scales is None else k // w.scales.shape[0]
-    return weight_only_large, weight_only_large.Problem(
+    few = weight_only_large.Problem(
         m, k, n, w.kind, group_size, compute="int8", out_itemsize=out_itemsize
     )
+    found: list[tuple[Any, Any]] = [(weight_only_large, few)]
+    many = w4a8.Problem(m, k, n, out_itemsize)
+    if group_size is not None and m >= w4a8.MIN_ROWS and w4a8.unsupported_reason(many) is None:
+        found.append((w4a8, many))
+    return found[::-1] if m >= _EXPAND_FROM else found
 
 
 def _activation(w: PackedWeight) -> QuantFormat:
@@ -150,7 +160,7 @@ def unsupported_reason(x: Array, w: PackedWeight) -> str | None:
     activation = _activation(w)
     if not activation.dynamic and w.act_scale is None:
         return f"{activation.name} is static but the weight carries no act_scale"
-    module, problem = kernel(x, w)
+    module, problem = kernels(x, w)[0]
     return module.unsupported_reason(problem)
 
 
@@ -180,7 +190,7 @@ def dot(
       x: Activations ``(..., k)``, bfloat16 or float16, or their codes if ``takes_codes``.
       w: Packed weight ``(k, n)``.
       out_dtype: Result type; ``x.dtype`` by default.
-      config: How the kernel cuts up the work; its heuristic by default.
+      config: How the kernel cuts up the work; it says which kernel is meant.
       keep_splits: See ``quantized_dot``.
       interpret: Run in the Pallas interpreter.
 
@@ -211,6 +221,9 @@ def dot(
             blocks = w.scales.shape[1], xq.scale.shape[-1]
             scales = jnp.broadcast_to(xq.scale, blocks), w.scales
         out = w8a8.matmul(xq.codes, w.words, *scales, **options)
+    elif isinstance(config, w4a8.Config):
+        assert w.scales is not None
+        out = w4a8.matmul(xq.codes, w.words, w.scales, w.column, xq.scale.reshape(-1), **options)
     else:
         out = weight_only_large.matmul(
             xq.codes, w.words, w.scales, w.column, xq.scale, kind=w.kind, **options

@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from qjax.pallas_kernels import _group_sums
 from qjax.pallas_kernels._once import lowered_once
 from qjax.pallas_kernels.w8a8 import (
     _SM_COUNT,
@@ -37,6 +38,7 @@ def call(
     weight: Array,
     x_scale: Array,
     w_scale: Array,
+    g_scale: Array | None,
     *,
     config: Config,
     problem: Problem,
@@ -59,6 +61,8 @@ def call(
     if config.splits > 1:
         out_type = jax.ShapeDtypeStruct((config.splits, out_rows, n), jnp.float32)
     operands = {"x": x, "weight": weight, "x_scale": x_scale, "w_scale": w_scale}
+    if g_scale is not None:
+        operands["g_scale"] = g_scale
     tiles_a, tiles_b = tile_counts(config, problem)
     units = min(_SM_COUNT // config.cluster, tiles_a * tiles_b * config.splits)
 
@@ -137,7 +141,9 @@ def _scratch_types(
             out_dtype,
             transforms=_transforms(out_shape[1] * jnp.dtype(out_dtype).itemsize, out_dtype),
         ),
-        "ready": plgpu.Barrier(num_arrivals=3 if problem.blocks else 2, num_barriers=stages),
+        "ready": plgpu.Barrier(
+            num_arrivals=3 if problem.blocks or problem.groups else 2, num_barriers=stages
+        ),
         "consumed": plgpu.ClusterBarrier(collective_axes=("cluster",), **consumed)
         if config.cluster > 1
         else plgpu.Barrier(**consumed),
@@ -152,6 +158,8 @@ def _scratch_types(
     else:
         scratch["a_scale_smem"] = plgpu.SMEM((2, rows), jnp.float32)
         scratch["b_scale_smem"] = plgpu.SMEM((2, scale_columns(columns)), jnp.float32)
+    if problem.groups:
+        scratch["g_scale_smem"] = plgpu.SMEM((stages, rows), jnp.float32)
     return scratch
 
 
@@ -228,6 +236,9 @@ def _load_tile(
         if problem.blocks:
             source = gmem["x_scale"].at[at, pl.ds(tokens_at, scale_columns(tokens))]
             plgpu.copy_gmem_to_smem(source, scratch["x_scale_smem"].at[slot], ready)
+        if problem.groups:
+            source = gmem["g_scale"].at[at, pl.ds(tile.row, rows)]
+            plgpu.copy_gmem_to_smem(source, scratch["g_scale_smem"].at[slot], ready)
 
 
 def _compute_tile(
@@ -241,6 +252,10 @@ def _compute_tile(
 ) -> None:
     """One warpgroup's part of a tile, from the first step to the store."""
     buffer = lax.rem(tile.number, jnp.int32(2))
+    if problem.groups:
+        sums = [_group_scaled_sums(tile, scratch, warpgroup, config, problem, interpret)]
+        _store(sums, tile, gmem, scratch, warpgroup, buffer, config, problem, interpret)
+        return
     if config.promote:
         if problem.blocks:
             plgpu.barrier_wait(scratch["scales_ready"].at[buffer])
@@ -353,6 +368,44 @@ def _promoted_sums(
     zero = jnp.zeros((config.rows, cut), jnp.float32)
     zero = zero if interpret else plgpu.layout_cast(zero, layout)
     return lax.fori_loop(0, steps, step, [zero for _ in starts])
+
+
+def _group_scaled_sums(
+    tile: _Tile,
+    scratch: dict[str, Any],
+    warpgroup: Array,
+    config: Config,
+    problem: Problem,
+    interpret: bool,
+) -> Array:
+    """Sum over the tile's steps in float32, each with the scales of its rows' groups."""
+    steps = problem.steps // config.splits
+    rows = pl.ds(warpgroup * config.rows, config.rows)
+
+    def load(step: Array) -> tuple[Array, Array]:
+        slot = lax.rem(tile.number * steps + step, jnp.int32(config.stages))
+        plgpu.barrier_wait(scratch["ready"].at[slot])
+        scales = scratch["g_scale_smem"].at[slot, rows]
+        return slot, plgpu.load(scales, layout=plgpu.Layout.WGMMA.reduce(1))
+
+    def multiply(acc: Any, slot: Array) -> Any:
+        a, b = scratch["a_smem"].at[slot, rows], scratch["b_smem"].at[slot]
+        if interpret:
+            dims = (((1,), (1,)), ((), ()))
+            wide = (ref[...].astype(jnp.int32) for ref in (a, b))
+            return acc + lax.dot_general(*wide, dims)
+        plgpu.wgmma(acc, a, b.T)
+        return acc
+
+    return _group_sums.overlapped(
+        steps,
+        (config.rows, config.columns),
+        jnp.int32,
+        load=load,
+        multiply=multiply,
+        release=lambda slot: _give_back(scratch, slot, interpret),
+        interpret=interpret,
+    )
 
 
 def _store(

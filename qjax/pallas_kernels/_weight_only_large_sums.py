@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from qjax.pallas_kernels import _codes, _layout, _unpack
+from qjax.pallas_kernels import _codes, _group_sums, _layout, _unpack
 from qjax.pallas_kernels._turns import Turns
 from qjax.pallas_kernels.weight_only import Problem
 from qjax.pallas_kernels.weight_only_large import (
@@ -28,8 +27,6 @@ plgpu: Any = mosaic_gpu
 
 _BLOCK_N = _layout.BLOCK_N
 _SMALLEST_SCALE = 2.0**-80
-_MAGIC = 1.5 * 2.0**23
-_MAGIC_BITS = int(np.float32(_MAGIC).view(np.int32))
 
 
 def tile_sums(
@@ -285,68 +282,42 @@ def _overlapped_sums(
     problem: Problem,
     interpret: bool,
 ) -> Array:
-    """Sum of the groups' products, scaled, with one in flight while the one before is scaled.
-
-    Groups go to two accumulators by turns, four at a time. Clearing one would have to wait for
-    both, so each adds up its two products: with ``a = p0``, then ``b = p0 + p2``,
-
-    ``s0 p0 + s2 p2 = (s0 - s2) a + s2 b``.
-    """
-    shape = (_BLOCK_N, config.columns)
-    integer = problem.compute == "int8"
-    dtype = jnp.int32 if integer else jnp.float32
-    start = jnp.full(shape, _MAGIC_BITS if integer and not interpret else 0, dtype)
+    """The same sums with one product in flight while another is scaled (``_group_sums``)."""
     steps = max(1, (problem.group_size or 0) // step_k(problem))  # of a group
 
-    def load(slot: Array) -> tuple[Array, Array]:
+    def weights_of(slot: Array) -> tuple[Array, Array]:
         (weights,), (scale,) = _load_weights(slot, scratch, warpgroup, problem, interpret)
         return weights, scale
 
-    def some(g: Array, count: int, total: Array, accs: list[Any]) -> Array:
-        """Add ``count`` groups from ``g``; in the interpreter ``accs`` are arrays, not refs."""
-        slots: list[list[Array]] = []
-        scales: list[Array] = []
-        for i in range(count + 2):
-            if i < count:
-                at = first + steps * (g + i)
-                slots.append([lax.rem(at + j, jnp.int32(config.stages)) for j in range(steps)])
-                weights, scale = load(slots[i][0])
-                scales.append(scale)
-            if i >= 2:
-                part = accs[i % 2]
-                if not interpret:
-                    part = plgpu.wgmma_accumulator_load(part, wait_n=steps if i <= count else 0)
-                for slot in slots[i - 2]:
-                    if interpret:
-                        plgpu.commit_smem()  # as in _give_back
-                    plgpu.barrier_arrive(scratch["consumed"].at[slot])
-                factor = scales[i - 2] - scales[i] if i < count else scales[i - 2]
-                part = _as_float(part, interpret) if integer else part
-                total = total + part * lax.broadcast_in_dim(factor, shape, [0])
-            for j, slot in enumerate(slots[i] if i < count else ()):
-                if j > 0:
-                    weights, _ = load(slot)  # while the product before runs
-                x_smem = scratch["x_smem"].at[slot]
-                done = _multiply(accs[i % 2], accs[i % 2], weights, x_smem, interpret)
-                accs[i % 2] = done
-        return total
+    def load(g: Array) -> tuple[Any, Array]:
+        slots = [lax.rem(first + steps * g + i, jnp.int32(config.stages)) for i in range(steps)]
+        weights, scale = weights_of(slots[0])
+        return (weights, slots), scale
 
-    def four(g: Array, count: int, total: Array) -> Array:
-        if interpret:
-            return some(g, count, total, [start, start])
+    def multiply(acc: Any, operands: Any) -> Any:
+        weights, slots = operands
+        for i, slot in enumerate(slots):
+            if i > 0:
+                weights, _ = weights_of(slot)  # while the product before runs
+            acc = _multiply(acc, acc, weights, scratch["x_smem"].at[slot], interpret)
+        return acc
 
-        def run(*accs: Any) -> Array:
-            for acc in accs:
-                acc[...] = plgpu.layout_cast(start, plgpu.Layout.WGMMA)
-            return some(g, count, total, list(accs))
+    def release(operands: Any) -> None:
+        for slot in operands[1]:
+            if interpret:
+                plgpu.commit_smem()  # as in _give_back
+            plgpu.barrier_arrive(scratch["consumed"].at[slot])
 
-        return pl.run_scoped(run, *[plgpu.ACC(shape, dtype)] * 2)
-
-    total = jnp.zeros(shape, jnp.float32)
-    total = total if interpret else plgpu.layout_cast(total, plgpu.Layout.WGMMA)
-    whole, rest = divmod(problem.k // config.splits // step_k(problem) // steps, 4)
-    total = lax.fori_loop(0, whole, lambda i, total: four(4 * i, 4, total), total)
-    return four(jnp.int32(4 * whole), rest, total) if rest else total
+    return _group_sums.overlapped(
+        problem.k // config.splits // step_k(problem) // steps,
+        (_BLOCK_N, config.columns),
+        jnp.int32 if problem.compute == "int8" else jnp.float32,
+        load=load,
+        multiply=multiply,
+        release=release,
+        products=steps,
+        interpret=interpret,
+    )
 
 
 def _integer_product(
@@ -357,12 +328,7 @@ def _integer_product(
     turns: Turns,
     interpret: bool,
 ) -> Array:
-    """``weights @ x.T`` of int8 operands, one group, as float32.
-
-    The accumulator starts as the bits of ``1.5 * 2**23``. As long as sums stay below ``2**22`` (a
-    group's are at most ``128 * 127 * 128``) it ends as the bits of that float plus the sum, and one
-    subtraction converts: the instruction that converts integers has an eighth of its rate.
-    """
+    """``weights @ x.T`` of int8 operands, one group, as float32: below ``128 * 127 * 128``."""
     x_smem = scratch["x_smem"].at[slot]
     if interpret:
         turns.take()
@@ -379,13 +345,5 @@ def _integer_product(
         _give_back(scratch, slot, interpret)
         turns.finished()
 
-    start = jnp.full(shape, _MAGIC_BITS, jnp.int32)
-    total = pl.run_state(run)(plgpu.ACC.init(plgpu.layout_cast(start, plgpu.Layout.WGMMA)))
-    return _as_float(total, interpret)
-
-
-def _as_float(total: Array, interpret: bool) -> Array:
-    """An integer sum that started at ``_MAGIC_BITS``, as float32."""
-    if interpret:
-        return total.astype(jnp.float32)
-    return lax.bitcast_convert_type(total, jnp.float32) - jnp.float32(_MAGIC)
+    total = pl.run_state(run)(plgpu.ACC.init(_group_sums.integer_start(shape)))
+    return _group_sums.from_integer(total)

@@ -5,7 +5,10 @@
   out[m, n] = x_scale[m] * w_scale[n] * sum_k x[m, k] * weight[n, k]
   out[m, n] = sum_b x_scale[b, m] * w_scale[n / 128, b] * sum_{k in b} x[m, k] * weight[n, k]
 
-(a scale per token and per output feature, or per 128 of the contraction too).
+(a scale per token and per output feature, or per 128 of the contraction too). With ``groups``,
+for ``w4a8``, a third scale multiplies each sum over 128 of the contraction:
+
+  out[m, n] = x_scale[m] * w_scale[n] * sum_b g_scale[b, n] * sum_{k in b} x[m, k] * weight[n, k]
 
 ``wgmma`` wants both 8-bit operands with the contraction contiguous, so the weight is stored
 transposed, ``(n, k)``. It has a side of 64 rows and one of 8 to 256 columns. With many tokens these
@@ -119,6 +122,7 @@ class Problem:
       blocks: Scales per 128 of the contraction and, of the weight, 128 output features; otherwise
         per row and per output feature.
       out_itemsize: Bytes of one output.
+      groups: A scale per 128 of the contraction and output feature besides (int8).
     """
 
     m: int
@@ -128,6 +132,7 @@ class Problem:
     x_kind: str = ""
     blocks: bool = False
     out_itemsize: int = 2
+    groups: bool = False
 
     def __post_init__(self) -> None:
         if not self.x_kind:
@@ -162,6 +167,8 @@ def unsupported_reason(p: Problem) -> str | None:
         return f"{p.x_kind} activations with {p.kind} weights"
     if p.m < 1:
         return f"m={p.m} rows; at least one is needed"
+    if p.groups and p.kind != "int8":
+        return f"group scales of {p.kind} codes; they are for int8"
     return None
 
 
@@ -203,6 +210,8 @@ def _operand_bytes(config: Config, p: Problem) -> int:
         buffers += [config.stages * scale_columns(tokens) * 4, 2 * blocks * padded_steps(p.k) * 4]
     else:
         buffers += [2 * rows * 4, 2 * scale_columns(config.columns) * 4]
+    if p.groups:
+        buffers.append(config.stages * rows * 4)
     return sum(map(_align, buffers))
 
 
@@ -228,8 +237,14 @@ def config_unsupported_reason(config: Config, p: Problem) -> str | None:
         return f"columns={config.columns}; int8 products have 8, 24 or a multiple of 16"
     if p.blocks and not config.promote:
         return "block scales need promote=True"
-    if config.promote and p.kind == "int8":
+    if config.promote and p.kind == "int8" and not p.groups:
         return "promote is for fp8; int8 sums are exact"
+    if p.groups and not (config.promote and config.swap and config.rows == 64):
+        return "group scales need promote=True, swap=True and rows=64"
+    if p.groups and config.columns > 112:
+        return f"columns={config.columns}; registers hold three sums of up to 112"
+    if p.groups and config.stages < 3:
+        return f"stages={config.stages}; two groups are multiplied while one is waited for"
     if p.blocks and features % 128:
         return f"block scales need tiles of whole blocks, not {features} features"
     if p.blocks and config.swap and config.rows * config.columns // 64 + config.columns // 4 > 200:
@@ -267,7 +282,9 @@ def estimate_seconds(config: Config, p: Problem) -> float:
     # What the L2 cache has to deliver: the least certain part, a small push towards clusters.
     shared = (rows / config.cluster + config.columns) * BLOCK_K / 64
     step = max(matrix, traffic * 0.9) * 1.1 + 0.1 * shared
-    if config.promote:
+    if p.groups:
+        step = max(step, 2 * (60 + 1.25 * config.columns)) * 1.05
+    elif config.promote:
         step = max(step * 1.1, step + config.rows * config.columns / 128)
     tiles_a, tiles_b = tile_counts(config, p)
     units = _SM_COUNT // config.cluster
@@ -287,6 +304,8 @@ def estimate_seconds(config: Config, p: Problem) -> float:
 
 
 def _candidates(p: Problem) -> list[Config]:
+    if p.groups:
+        return _group_candidates(p)
     found = []
     tokens = -(-p.m // 8) * 8
     promote = p.blocks
@@ -320,13 +339,27 @@ def _candidates(p: Problem) -> list[Config]:
     return found
 
 
+def _group_candidates(p: Problem) -> list[Config]:
+    found = []
+    for columns, splits in itertools.product((112, 96, 80, 64), (1, 2, 3, 4, 7)):
+        # Splits only help where there are fewer tiles than multiprocessors.
+        if splits > 1 and (p.m > 512 or p.steps // splits < 4):
+            continue
+        for stages in (8, 6, 5, 4, 3):
+            config = Config(64, columns, stages, True, splits, promote=True)
+            if config_unsupported_reason(config, p) is None:
+                found += [config, dataclasses.replace(config, cluster=2)]
+                break  # the deepest that fits
+    return found
+
+
 @functools.lru_cache(maxsize=4096)
 def heuristic_config(p: Problem) -> Config:
     """The config that ``estimate_seconds`` likes best, for any supported problem."""
     found = _candidates(p)
     if not found:
         # Narrow weights: the smallest tile always fits.
-        return Config(64, 128 if p.blocks else 64, 4, promote=p.blocks)
+        return Config(64, 128 if p.blocks else 64, 4, promote=p.blocks or p.groups, swap=p.groups)
     return min(found, key=lambda config: estimate_seconds(config, p))
 
 
@@ -344,6 +377,7 @@ def matmul(
     weight: Array,
     x_scale: Array,
     w_scale: Array,
+    g_scale: Array | None = None,
     *,
     config: Config | None = None,
     out_dtype: DType = jnp.bfloat16,
@@ -359,6 +393,8 @@ def matmul(
       x_scale: float32 ``(m,)``, or ``(k / 128, m)`` with block scales. There may be more than
         ``m``: room for what is read at once, which is added here otherwise.
       w_scale: float32 ``(n,)``, or ``(ceil(n / 128), k / 128)`` with block scales.
+      g_scale: float32 ``(k / 128, n)`` scales of sums over 128 of the contraction, which are below
+        ``2**21`` (int8, no block scales); None for none.
       config: How the work is cut up; ``heuristic_config`` by default.
       out_dtype: Result type: float32, bfloat16 or float16.
       keep_splits: Leave the sum over splits to the caller.
@@ -386,6 +422,7 @@ def matmul(
         x.dtype.name,
         blocks=w_scale.ndim == 2,
         out_itemsize=jnp.dtype(out_dtype).itemsize,
+        groups=g_scale is not None,
     )
     reason = unsupported_reason(problem)
     if reason is None:
@@ -412,6 +449,7 @@ def matmul(
         weight,
         x_scale,
         w_scale,
+        g_scale,
         config=config,
         problem=dataclasses.replace(problem, m=padded),
         out_rows=rows if few and not interpret else padded,

@@ -33,6 +33,7 @@ def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
         shape((p.n, p.k), p.kind),
         shape((blocks, p.m) if p.blocks else (p.m,), "float32"),
         shape((-(-p.n // 128), blocks) if p.blocks else (p.n,), "float32"),
+        *((shape((blocks, p.n), "float32"),) if p.groups else ()),
     )
 
 

@@ -29,6 +29,8 @@ BRANCHES: list[tuple[Problem, Config]] = [
     (Problem(4096, 4096, 4096, E4M3, blocks=True), Config(64, 128, 4, cluster=2, promote=True)),
     (Problem(4096, 4096, 4096, E4M3, blocks=True), Config(64, 160, 3, True, 1, 2, True)),
     (Problem(16, 4096, 4096, E4M3, blocks=True), Config(128, 16, 6, True, 4, 1, True)),
+    (Problem(4096, 4096, 4096, "int8", groups=True), Config(64, 112, 6, True, 1, 2, True)),
+    (Problem(4096, 4096, 4096, "int8", groups=True), Config(64, 64, 8, True, 1, 1, True)),
     (Problem(4096, 4096, 4096, E4M3, out_itemsize=4), Config(128, 128, 3, cluster=2)),
 ]
 

@@ -14,7 +14,7 @@ import qjax
 from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.formats import QuantFormat
 from qjax.ops.packed import pack_for_mosaic, packed_dot
-from qjax.pallas_kernels import weight_only_large
+from qjax.pallas_kernels import w4a8, weight_only_large
 from qjax.pallas_kernels.w8a8 import Config
 from qjax.quantize import quantize
 from tests import tolerances
@@ -60,6 +60,9 @@ CONFIGS: dict[str, tuple[str, Config | weight_only_large.Config]] = {
     "w4a8_overlap": ("w4a8", weight_only_large.Config(96, 8, 2, overlap=True)),
     "w4a8_overlap_few_stages": ("w4a8", weight_only_large.Config(64, 3, overlap=True)),
     "w4a8_overlap_splits": ("w4a8", weight_only_large.Config(96, 4, splits=4, overlap=True)),
+    "w4a8_expanded": ("w4a8", w4a8.Config(64, 112, 6, swap=True, promote=True)),
+    "w4a8_expanded_cluster": ("w4a8", w4a8.Config(64, 96, 6, True, 1, 2, True)),
+    "w4a8_expanded_splits": ("w4a8", w4a8.Config(64, 64, 3, True, 4, 1, True, 2)),
     "w4a8_channel_turns": ("w4a8_channel", weight_only_large.Config(256, 4, turns="started")),
 }
 

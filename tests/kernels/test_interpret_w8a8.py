@@ -19,7 +19,7 @@ import qjax
 from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
 from qjax.formats import QuantFormat
 from qjax.ops.packed import pack_for_mosaic, packed_dot, packed_unsupported_reason
-from qjax.pallas_kernels import weight_only_large
+from qjax.pallas_kernels import w4a8, weight_only_large
 from qjax.pallas_kernels.w8a8 import Config
 from qjax.quantize import quantize
 from tests import tolerances
@@ -55,6 +55,12 @@ CASES = {
     "w4a8": Case(qjax.W4A8_INT8, 70, 384, 128, weight_only_large.Config(48, 2)),
     "w4a8_overlap": Case(
         qjax.W4A8_INT8, 30, 896, 128, weight_only_large.Config(32, 3, overlap=True)
+    ),
+    "w4a8_expanded": Case(
+        qjax.W4A8_INT8, 30, 896, 128, w4a8.Config(64, 32, 3, swap=True, promote=True)
+    ),
+    "w4a8_expanded_edges": Case(
+        qjax.W4A8_INT8, 40, 512, 256, w4a8.Config(64, 32, 3, True, 2, 2, True)
     ),
     "w4a8_splits": Case(qjax.W4A8_INT8, 5, 512, 256, weight_only_large.Config(16, 2, 2, 2)),
     "w4a8_channel": Case(W4A8_CHANNEL, 24, 256, 128, weight_only_large.Config(24, 2)),
