@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 
 from qjax._compat import compile_lowered
 from qjax._device import compiler_options, device_info
-from qjax.checkpoints.hf import check_cuts, head_rules
+from qjax.checkpoints.hf import check_cuts
+from qjax.checkpoints.layout import head_rules
 from qjax.evaluation.device_time import kernel_seconds
 from qjax.evaluation.heads import check_head_format, head_beside, label
 from qjax.evaluation.isolated import check_files_and_limits, flags_from, print_rows, run_isolated

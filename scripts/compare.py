@@ -41,8 +41,9 @@ from tqdm import tqdm
 
 from qjax._device import end_process
 from qjax.assets import bundled_model_path
-from qjax.checkpoints.hf import LoadedModel, head_rules, load_model, resolve_folder
+from qjax.checkpoints.hf import LoadedModel, load_model, resolve_folder
 from qjax.checkpoints.kv_scale_files import read_kv_scale_file
+from qjax.checkpoints.layout import head_rules
 from qjax.evaluation import abstract_params, kv_bytes_per_token, score, weight_bytes, windows
 from qjax.evaluation.heads import check_head_format, head_beside
 from qjax.evaluation.memory import LINEAR_KERNELS, WeightBytes

@@ -18,7 +18,8 @@ from qjax.calibrate.settings import METHODS, Settings
 from qjax.calibrate.source import ModelSource
 from qjax.calibrate.store import fingerprint as array_fingerprint
 from qjax.calibrate.text import read_documents, sample_tokens
-from qjax.checkpoints.hf import head_rules, load_model
+from qjax.checkpoints.hf import load_model
+from qjax.checkpoints.layout import head_rules
 from qjax.formats import QuantFormat, parse_format
 from qjax.kv_format import parse_kv_format
 from qjax.sampling import SamplingParams

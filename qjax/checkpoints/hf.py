@@ -247,30 +247,6 @@ def _compute_dtype(config: ModelConfig, dtype: Any) -> Any:
     return jnp.dtype(name)
 
 
-def head_rules(config: ModelConfig, fmt: QuantFormat | None) -> Rules | None:
-    """``rules`` of ``load_model`` by which the output projection is quantized too.
-
-    Args:
-      config: The model.
-      fmt: Format of ``lm_head``; None leaves it as it is.
-
-    Returns:
-      The rules, or None.
-
-    Raises:
-      ValueError: If the model has no ``lm_head`` of its own.
-    """
-    if fmt is None:
-        return None
-    if config.tie_word_embeddings:
-        raise ValueError(
-            f"lm_head cannot be quantized to {fmt.name}: this model has none of its own, its "
-            "embedding is the output projection too (tie_word_embeddings) and is not quantized; "
-            "leave the format of lm_head out"
-        )
-    return {HEAD: fmt}
-
-
 def check_cuts(
     config: ModelConfig,
     devices: int,

@@ -14,6 +14,7 @@ import numpy as np
 from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.reader import ExpectedTensor, QuantizedReader
 from qjax.checkpoints.safetensors_io import SafetensorsCheckpoint
+from qjax.formats import QuantFormat
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
 from qjax.quantize import path_string
@@ -71,6 +72,30 @@ def hf_name(path: str) -> str:
     module, _, leaf = path.rpartition("/")
     module = re.sub(r"\blayers_(\d+)\b", r"layers.\1", module.replace("/", "."))
     return f"{module}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+def head_rules(config: ModelConfig, fmt: QuantFormat | None) -> dict[str, QuantFormat] | None:
+    """``rules`` of ``load_model`` by which the output projection is quantized too.
+
+    Args:
+      config: The model.
+      fmt: Format of ``lm_head``; None leaves it as it is.
+
+    Returns:
+      The rules, or None.
+
+    Raises:
+      ValueError: If the model has no ``lm_head`` of its own.
+    """
+    if fmt is None:
+        return None
+    if config.tie_word_embeddings:
+        raise ValueError(
+            f"lm_head cannot be quantized to {fmt.name}: this model has none of its own, its "
+            "embedding is the output projection too (tie_word_embeddings) and is not quantized; "
+            "leave the format of lm_head out"
+        )
+    return {HEAD: fmt}
 
 
 @functools.cache

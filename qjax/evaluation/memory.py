@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.checkpoints.hf import head_rules
-from qjax.checkpoints.layout import HEAD, model_leaves
+from qjax.checkpoints.layout import HEAD, head_rules, model_leaves
 from qjax.formats import QuantFormat
 from qjax.kv_format import KVFormat
 from qjax.models.config import ModelConfig

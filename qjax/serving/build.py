@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jax
 
-from qjax.checkpoints.hf import check_cuts, head_rules, load_model
-from qjax.checkpoints.layout import HEAD
+from qjax.checkpoints.hf import check_cuts, load_model
+from qjax.checkpoints.layout import HEAD, head_rules
 from qjax.checkpoints.reader import KVScales
 from qjax.formats import parse_format
 from qjax.kv_format import parse_kv_format

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.checkpoints.hf import head_rules
-from qjax.checkpoints.layout import HEAD
+from qjax.checkpoints.layout import HEAD, head_rules
 from qjax.formats import QuantFormat
 from qjax.generate import DecodeState
 from qjax.kv_cache import QuantizedKVCache
