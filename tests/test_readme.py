@@ -29,7 +29,8 @@ def test_scripts_and_flags_exist() -> None:
     for script, rest in re.findall(r"scripts/(\w+\.py)((?:[^`\n]|\\\n)*)", README):
         source = (ROOT / "scripts" / script).read_text(encoding="utf-8")
         if script == "serve.py":
-            source += (ROOT / "qjax/serving/http_flags.py").read_text(encoding="utf-8")
+            for flags in (ROOT / "qjax" / "serving").glob("*_flags.py"):
+                source += flags.read_text(encoding="utf-8")
         for flag in re.findall(r"--[a-z][a-z-]+", rest):
             assert f'"{flag}"' in source, f"{script} has no {flag}"
             seen += 1
