@@ -111,9 +111,10 @@ def kernel_name(config: Any) -> str:
 
 def entry_of(x: jax.Array, w: Any, config: Any) -> str:
     """Kernel, problem and config of a product of a packed weight, JSON: an entry of a table."""
-    _, problem = packed_kernels(x, w)[0]
+    name = kernel_name(config)
+    problem = next(p for kernel, p in packed_kernels(x, w) if kernel.__name__.endswith(f".{name}"))
     entry = {
-        "kernel": kernel_name(config),
+        "kernel": name,
         "problem": dataclasses.asdict(problem),
         "config": dataclasses.asdict(config),
     }

@@ -123,7 +123,7 @@ def _pack(w: QuantizedArray) -> PackedW8A8:
     )
 
 
-_EXPAND_FROM = 1024
+_EXPAND_FROM = 2048
 """Rows from which int4 codes are written out as int8, where nothing was measured."""
 
 

@@ -1,6 +1,6 @@
-"""Sums of groups, each scaled in float32, with one product in flight while another is scaled.
+"""Integer sums of groups, each scaled in float32, with one product in flight while another is.
 
-The products of a group end in an accumulator of the tensor core, and belong into float32 sums with
+The product of a group ends in an accumulator of the tensor core, and belongs into float32 sums with
 the group's scale. Groups go to two accumulators by turns, four at a time. Clearing one would have
 to wait for both, so each adds up its two products: with ``a = p0``, then ``b = p0 + p2``,
 
@@ -49,25 +49,21 @@ def from_integer(total: Array) -> Array:
 def overlapped(
     groups: int,
     shape: tuple[int, int],
-    dtype: Any,
     *,
     load: Callable[[Array], tuple[Any, Array]],
     multiply: Callable[[Any, Any], Any],
     release: Callable[[Any], None],
-    products: int = 1,
     interpret: bool,
 ) -> Array:
     """Sum over ``groups`` of ``scale * product``.
 
     Args:
       groups: How many.
-      shape: Of the sums, ``(64, columns)``.
-      dtype: Of the accumulators: float32, or int32, whose sums of two groups are below ``2**22``.
+      shape: Of the sums, ``(64, columns)``. Those of two groups must be below ``2**22``.
       load: Waits for a group's operands. ``(index) -> (operands, scale)`` with a scale per row.
-      multiply: Starts a group's products. ``(accumulator, operands) -> accumulator``: a reference,
-        in the interpreter an array.
-      release: Hands a group's operands back when its products are done.
-      products: ``wgmma`` calls of a group.
+      multiply: Starts a group's product. ``(accumulator, operands) -> accumulator``, which is a
+        reference, in the interpreter an array.
+      release: Hands a group's operands back when its product is done.
       interpret: In the interpreter, where accumulators are arrays.
 
     Returns:
@@ -83,14 +79,14 @@ def overlapped(
                 operands.append(loaded)
                 scales.append(scale)
             if i >= 2:
-                part = accs[i % 2]
-                if not interpret:
-                    left = products if i <= count else 0
-                    part = plgpu.wgmma_accumulator_load(part, wait_n=left)
+                if interpret:
+                    part = accs[i % 2].astype(jnp.float32)
+                else:
+                    younger = 1 if i <= count else 0
+                    part = plgpu.wgmma_accumulator_load(accs[i % 2], wait_n=younger)
+                    part = from_integer(part)
                 release(operands[i - 2])
                 factor = scales[i - 2] - scales[i] if i < count else scales[i - 2]
-                if dtype == jnp.int32:
-                    part = part.astype(jnp.float32) if interpret else from_integer(part)
                 total = total + part * lax.broadcast_in_dim(factor, shape, [0])
             if i < count:
                 accs[i % 2] = multiply(accs[i % 2], operands[i])
@@ -98,15 +94,14 @@ def overlapped(
 
     def four(first: Array, count: int, total: Array) -> Array:
         if interpret:
-            return some(first, count, total, [jnp.zeros(shape, dtype)] * 2)
+            return some(first, count, total, [jnp.zeros(shape, jnp.int32)] * 2)
 
         def run(*accs: Any) -> Array:
             for acc in accs:
-                zero = plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA)
-                acc[...] = integer_start(shape) if dtype == jnp.int32 else zero
+                acc[...] = integer_start(shape)
             return some(first, count, total, list(accs))
 
-        return pl.run_scoped(run, *[plgpu.ACC(shape, dtype)] * 2)
+        return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.int32)] * 2)
 
     total = jnp.zeros(shape, jnp.float32)
     total = total if interpret else plgpu.layout_cast(total, plgpu.Layout.WGMMA)

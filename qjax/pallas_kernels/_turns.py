@@ -6,9 +6,9 @@ one before has started (or finished) its own, one unpacks while the other multip
 schedule of CUTLASS and FlashAttention-3 (arXiv:2407.08608).
 
 On an H200 it makes W4A8 with groups, two warpgroups and tiles of 64 tokens and more 1 to 12 %
-faster (finished), and (4096, 6144) in INT4 with 4096 rows of bfloat16 and tiles of 216 tokens and
-more 2 to 10 % (started). Narrow tiles and four warpgroups mostly lose, up to half: those are
-limited by something else.
+faster (finished), and INT4 in groups with bfloat16 3 to 9 % with tiles of 256 tokens and 2 to 4 %
+with 128 (started; four shapes of Llama-3.1-8B, 256 and 512 rows). FP8 is as fast without. Narrow
+tiles and four warpgroups mostly lose, up to half: those are limited by something else.
 """
 
 from __future__ import annotations

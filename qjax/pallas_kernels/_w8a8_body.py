@@ -392,15 +392,14 @@ def _group_scaled_sums(
         a, b = scratch["a_smem"].at[slot, rows], scratch["b_smem"].at[slot]
         if interpret:
             dims = (((1,), (1,)), ((), ()))
-            wide = (ref[...].astype(jnp.int32) for ref in (a, b))
-            return acc + lax.dot_general(*wide, dims)
+            wide = a[...].astype(jnp.int32), b[...].astype(jnp.int32)
+            return acc + lax.dot_general(wide[0], wide[1], dims)
         plgpu.wgmma(acc, a, b.T)
         return acc
 
     return _group_sums.overlapped(
         steps,
         (config.rows, config.columns),
-        jnp.int32,
         load=load,
         multiply=multiply,
         release=lambda slot: _give_back(scratch, slot, interpret),

@@ -45,7 +45,7 @@ def tile_sums(
     if not scaled_sums(problem):
         return _accumulate(first, scratch, warpgroup, config, problem, turns, interpret)
     if config.overlap:
-        sums = _overlapped_sums(first, scratch, warpgroup, config, problem, interpret)
+        sums = _overlapped_integers(first, scratch, warpgroup, config, problem, interpret)
     elif problem.compute == "int8":
         sums = _scaled_integers(first, scratch, warpgroup, config, problem, turns, interpret)
     else:
@@ -274,7 +274,7 @@ def _scaled_integers(
     return lax.fori_loop(0, problem.k // config.splits // step_k(problem), group, zero)
 
 
-def _overlapped_sums(
+def _overlapped_integers(
     first: Array,
     scratch: dict[str, Any],
     warpgroup: Array,
@@ -282,40 +282,28 @@ def _overlapped_sums(
     problem: Problem,
     interpret: bool,
 ) -> Array:
-    """The same sums with one product in flight while another is scaled (``_group_sums``)."""
-    steps = max(1, (problem.group_size or 0) // step_k(problem))  # of a group
+    """``_scaled_integers`` with a product in flight while another is scaled (``_group_sums``)."""
 
-    def weights_of(slot: Array) -> tuple[Array, Array]:
+    def load(group: Array) -> tuple[Any, Array]:
+        slot = lax.rem(first + group, jnp.int32(config.stages))
         (weights,), (scale,) = _load_weights(slot, scratch, warpgroup, problem, interpret)
-        return weights, scale
-
-    def load(g: Array) -> tuple[Any, Array]:
-        slots = [lax.rem(first + steps * g + i, jnp.int32(config.stages)) for i in range(steps)]
-        weights, scale = weights_of(slots[0])
-        return (weights, slots), scale
+        return (weights, slot), scale
 
     def multiply(acc: Any, operands: Any) -> Any:
-        weights, slots = operands
-        for i, slot in enumerate(slots):
-            if i > 0:
-                weights, _ = weights_of(slot)  # while the product before runs
-            acc = _multiply(acc, acc, weights, scratch["x_smem"].at[slot], interpret)
-        return acc
+        weights, slot = operands
+        return _multiply(acc, acc, weights, scratch["x_smem"].at[slot], interpret)
 
     def release(operands: Any) -> None:
-        for slot in operands[1]:
-            if interpret:
-                plgpu.commit_smem()  # as in _give_back
-            plgpu.barrier_arrive(scratch["consumed"].at[slot])
+        if interpret:
+            plgpu.commit_smem()  # as in _give_back
+        plgpu.barrier_arrive(scratch["consumed"].at[operands[1]])
 
     return _group_sums.overlapped(
-        problem.k // config.splits // step_k(problem) // steps,
+        problem.k // config.splits // step_k(problem),
         (_BLOCK_N, config.columns),
-        jnp.int32 if problem.compute == "int8" else jnp.float32,
         load=load,
         multiply=multiply,
         release=release,
-        products=steps,
         interpret=interpret,
     )
 

@@ -346,7 +346,8 @@ def _group_candidates(p: Problem) -> list[Config]:
         if splits > 1 and (p.m > 512 or p.steps // splits < 4):
             continue
         for stages in (8, 6, 5, 4, 3):
-            config = Config(64, columns, stages, True, splits, promote=True)
+            # All tiles of tokens meet a tile of the weight while the L2 cache has it.
+            config = Config(64, columns, stages, True, splits, promote=True, raster=16)
             if config_unsupported_reason(config, p) is None:
                 found += [config, dataclasses.replace(config, cluster=2)]
                 break  # the deepest that fits

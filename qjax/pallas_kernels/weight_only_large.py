@@ -23,7 +23,7 @@ multiplied by it after.
 
 W4A8 multiplies int4 by int8: a code in the upper half of a byte is 16 times its value, so that
 unpacking takes three instructions for eight codes (``_unpack.unpack_int8``). Sums of groups are
-exact integers, scaled and added to float32 totals: twice the registers, so tiles have up to 160
+exact integers, scaled and added to float32 totals: twice the registers, so tiles have up to 128
 tokens. Such weights are packed in an order of their own (``_layout.int8_order``).
 
 References:
@@ -45,7 +45,8 @@ from qjax.typing import Array, DType
 _SM_COUNT = 132
 TURNS = ("started", "finished")
 _MAX_COLUMNS = 256
-_MAX_INTEGER_COLUMNS = 160  # with float32 sums beside the accumulators
+_MAX_INTEGER_COLUMNS = 128  # with float32 sums beside the accumulators
+_MAX_OVERLAP_COLUMNS = 96  # beside two sets of accumulators
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Config:
     """How the work is cut up.
 
     Attributes:
-      columns: Tokens of a tile, a multiple of 8 up to 256 (160 for W4A8 with groups).
+      columns: Tokens of a tile, a multiple of 8 up to 256 (128 for W4A8 with groups).
       stages: Steps of 64 of the contraction in flight, at least 2.
       cluster: 1, or 2 for pairs of CTAs that share the loading of their tokens.
       splits: Parts into which the contraction is cut; their sums are added by XLA.
@@ -61,8 +62,8 @@ class Config:
       raster: Tiles are visited in stripes of so many along the tokens, back and forth.
       turns: Warpgroups multiply in turns, passed on when products have ``"started"`` or
         ``"finished"`` (``_turns``); None leaves it to chance.
-      overlap: Where sums of groups are scaled: a group's products run while the sums of the one
-        before are. For two warpgroups and, with a third set of registers, up to 96 tokens.
+      overlap: W4A8 with groups: a group's product runs while the sums of the one before are scaled.
+        For two warpgroups and, with a third set of registers, up to 96 tokens.
     """
 
     columns: int
@@ -121,7 +122,7 @@ def scaled_sums(p: Problem) -> bool:
 def max_columns(p: Problem, warpgroups: int = 2, *, overlap: bool = False) -> int:
     """Tokens of the widest tile: what the registers hold."""
     if overlap:
-        return 96 if p.compute == "int8" else 80
+        return _MAX_OVERLAP_COLUMNS
     if scaled_sums(p) and p.compute == "int8":
         return {2: _MAX_INTEGER_COLUMNS, 3: 112, 4: 64}[warpgroups]
     return {2: _MAX_COLUMNS, 3: 160, 4: 80}[warpgroups]
@@ -202,14 +203,12 @@ def smem_bytes(config: Config, p: Problem) -> int:
 
 def config_unsupported_reason(config: Config, p: Problem) -> str | None:
     """Why a config does not fit a problem; None if it does."""
-    if config.overlap and not (scaled_sums(p) and scale_rows(p) == 1):
-        return "overlap=True; only sums of groups of 64 and more are scaled one by one"
+    if config.overlap and not (scaled_sums(p) and p.compute == "int8"):
+        return "overlap=True; it is for int8 activations and weights in groups"
     if config.overlap and config.warpgroups != 2:
         return f"overlap=True with warpgroups={config.warpgroups}; two have the registers"
-    # Two groups are being multiplied when the next one is waited for.
-    least = 2 * max(1, (p.group_size or 0) // step_k(p)) + 1
-    if config.overlap and config.stages < least:
-        return f"stages={config.stages} with overlap=True; at least {least} are needed"
+    if config.overlap and config.stages < 3:
+        return f"stages={config.stages}; two groups are multiplied while one is waited for"
     widest = max_columns(p, config.warpgroups, overlap=config.overlap)
     if config.columns > widest:
         return (
@@ -253,7 +252,6 @@ _TILE_CYCLES = 2500.0
 _WAIT_CYCLES = 85.0
 _FP8_CYCLES = 400.0  # unpacking it takes five instructions for two weights, integers take two
 _SCALE_CYCLES = 16.0
-_OVERLAP_CYCLES = 85.0
 
 
 def estimate_seconds(config: Config, p: Problem) -> float:
@@ -265,16 +263,14 @@ def estimate_seconds(config: Config, p: Problem) -> float:
     product = 4 * max(0.4 * config.columns + 17, 34)
     alone = _WAIT_CYCLES + (_FP8_CYCLES if p.kind.startswith("float8") else 0)
     if scaled_sums(p) and p.compute == "int8":
-        alone += _SCALE_CYCLES + 3.3 * config.columns
+        product = 4 * (0.53 * config.columns + 43)
+        alone += _SCALE_CYCLES + 2.5 * config.columns
     elif scaled_sums(p):
         alone += (_SCALE_CYCLES + 0.35 * config.columns) * 64 / (p.group_size or 128)
     together, by_itself = config.warpgroups * product, product + alone
+    step = max(1.06 * together, 0.66 * product + alone) + 0.15 * min(together, by_itself)
     if config.overlap:
-        # Instructions of both warpgroups, beside their products.
-        alone = 2 * (_OVERLAP_CYCLES + (1.5 if p.compute == "int8" else 0.5) * config.columns)
-        by_itself = alone
-    longest = alone if config.overlap else 0.66 * product + alone
-    step = max(1.06 * together, longest) + 0.15 * min(together, by_itself)
+        step = together
     loaded = config.columns * 128 / config.cluster / 64 + config.warpgroups * p.bits * step_k(p) / 8
     steps = p.k // config.splits // step_k(p)
     # Writing a tile out takes its part of the time in which nothing is multiplied.
@@ -293,7 +289,7 @@ def estimate_seconds(config: Config, p: Problem) -> float:
 
 def _candidates(p: Problem) -> list[Config]:
     found = []
-    for overlap in (False, True) if scaled_sums(p) and scale_rows(p) == 1 else (False,):
+    for overlap in (False, True) if scaled_sums(p) and p.compute == "int8" else (False,):
         warpgroups = (2,) if overlap else (2, 3, 4)
         # With any other number of stages the widest tiles spill registers.
         depths = (12, 8, 4) if overlap else (8, 6, 5, 4, 3, 2)
@@ -327,14 +323,13 @@ def _widths(p: Problem, overlap: bool) -> list[int]:
 def heuristic_config(p: Problem) -> Config:
     """The config that ``estimate_seconds`` likes best, for any supported problem."""
     best = min(_candidates(p), key=lambda config: estimate_seconds(config, p))
-    turns = None
-    if best.overlap:
-        pass
-    elif best.warpgroups == 2 and scaled_sums(p) and p.compute == "int8" and best.columns >= 64:
-        turns = "finished"
-    elif best.warpgroups == 2 and scaled_sums(p) and p.kind == "int4" and best.columns >= 192:
-        turns = "started"
-    return dataclasses.replace(best, turns=turns)
+    if best.overlap or best.warpgroups > 2 or not scaled_sums(p):
+        return best
+    if p.compute == "int8" and best.columns >= 64:
+        return dataclasses.replace(best, turns="finished")
+    if p.kind == "int4" and best.columns >= 128:
+        return dataclasses.replace(best, turns="started")
+    return best
 
 
 def search_space(p: Problem) -> list[Config]:

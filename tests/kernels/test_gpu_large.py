@@ -56,10 +56,6 @@ CONFIGS: dict[str, tuple[str, Config]] = {
     "started_two_stages": ("int4_g128", Config(192, 2, turns="started")),
     "finished_three": ("int8_g128", Config(160, 4, warpgroups=3, turns="finished")),
     "finished_four": ("int4_g128", Config(64, 6, cluster=2, warpgroups=4, turns="finished")),
-    "overlap": ("int4_g128", Config(64, 8, overlap=True)),
-    "overlap_few_stages": ("int4_g128", Config(80, 5, cluster=2, overlap=True)),
-    "overlap_splits": ("int8_g128", Config(48, 8, splits=2, overlap=True)),
-    "overlap_block": ("e4m3_block128", Config(64, 6, overlap=True)),
 }
 
 
@@ -85,8 +81,6 @@ GATED: dict[str, tuple[str, int, int, Config]] = {
     "started": ("int8_channel", 520, 33 * 256, Config(192, 6, turns="started")),
     "started_one_buffer": ("int8_channel", 520, 33 * 256, Config(256, 5, 2, turns="started")),
     "finished_four": ("int4_g128", 200, 33 * 512, Config(64, 6, 2, 1, 4, turns="finished")),
-    "overlap": ("int4_g128", 64, 33 * 512, Config(64, 8, overlap=True)),
-    "overlap_tiles": ("int4_g128", 300, 33 * 512, Config(80, 8, cluster=2, overlap=True)),
     "e4m3": ("e4m3_block128", 200, 33 * 512, Config(64, 4, warpgroups=4)),
 }
 

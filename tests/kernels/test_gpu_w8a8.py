@@ -60,7 +60,7 @@ CONFIGS: dict[str, tuple[str, Config | weight_only_large.Config]] = {
     "w4a8_overlap": ("w4a8", weight_only_large.Config(96, 8, 2, overlap=True)),
     "w4a8_overlap_few_stages": ("w4a8", weight_only_large.Config(64, 3, overlap=True)),
     "w4a8_overlap_splits": ("w4a8", weight_only_large.Config(96, 4, splits=4, overlap=True)),
-    "w4a8_expanded": ("w4a8", w4a8.Config(64, 112, 6, swap=True, promote=True)),
+    "w4a8_expanded": ("w4a8", w4a8.Config(64, 112, 4, swap=True, promote=True)),
     "w4a8_expanded_cluster": ("w4a8", w4a8.Config(64, 96, 6, True, 1, 2, True)),
     "w4a8_expanded_splits": ("w4a8", w4a8.Config(64, 64, 3, True, 4, 1, True, 2)),
     "w4a8_channel_turns": ("w4a8_channel", weight_only_large.Config(256, 4, turns="started")),

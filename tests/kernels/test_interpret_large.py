@@ -39,15 +39,6 @@ CASES: dict[str, tuple[QuantFormat, int, int, int, Config, str, float]] = {
     "int8_cluster": (
         qjax.INT8_CHANNEL, 130, 256, 256, Config(128, 3, cluster=2), "bfloat16", tolerances.F32_SUM
     ),
-    # Four groups and the rest, of two steps each and of one.
-    "int4_g128_overlap": (
-        qjax.INT4_G128_ASYM, 40, 896, 128, Config(40, 5, overlap=True), "bfloat16",
-        tolerances.F32_SUM,
-    ),
-    "int4_g64_overlap": (
-        qjax.INT4_G64_ASYM, 16, 640, 256, Config(16, 4, splits=5, overlap=True), "bfloat16",
-        tolerances.F32_SUM,
-    ),
     "e4m3_block": (
         qjax.FP8_E4M3_BLOCK128, 72, 256, 128, Config(72, 2), "bfloat16", tolerances.F32_SUM
     ),
@@ -103,8 +94,12 @@ def test_turns() -> None:
         problem = weight_only_large.Problem(m, 4096, 28672, kind, group_size, compute=compute)
         return weight_only_large.heuristic_config(problem).turns
 
-    assert turns(4096, "int8") == turns(256, "int8") == "finished"
+    assert turns(256, "int8") == "finished"
+    many = weight_only_large.Problem(4096, 4096, 28672, "int4", 128, compute="int8")
+    assert weight_only_large.heuristic_config(many).overlap and turns(4096, "int8") is None
     assert turns(4096, "bfloat16") == "started" and turns(64, "bfloat16") is None
     assert turns(4096, "float16") is turns(4096, "bfloat16", "int8") is None
     with pytest.raises(ValueError, match="turns='last' must be None or one of started, finished"):
         Config(64, 4, turns="last")
+    with pytest.raises(ValueError, match="turns='started' with overlap=True: choose one"):
+        Config(64, 4, turns="started", overlap=True)

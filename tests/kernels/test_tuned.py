@@ -13,7 +13,7 @@ import pytest
 
 import qjax
 from qjax.ops import packed
-from qjax.pallas_kernels import dequantize, tuned, w8a8, weight_only, weight_only_large
+from qjax.pallas_kernels import dequantize, tuned, w4a8, w8a8, weight_only, weight_only_large
 from scripts import autotune
 
 PROBLEM = w8a8.Problem(256, 4096, 4096, "float8_e4m3fn")
@@ -84,7 +84,7 @@ def test_autotune_needs_rows(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtu
 def test_every_entry_of_every_shipped_table_fits() -> None:
     modules: dict[str, Any] = {
         kernel.__name__.rsplit(".", 1)[-1]: kernel
-        for kernel in (dequantize, w8a8, weight_only, weight_only_large)
+        for kernel in (dequantize, w4a8, w8a8, weight_only, weight_only_large)
     }
     for path in tuned.table_path("any").parent.glob("*.json"):
         for entry in json.loads(path.read_text())["entries"]:
