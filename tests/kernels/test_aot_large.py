@@ -29,7 +29,7 @@ BRANCHES: list[tuple[Problem, Config]] = [
     (Problem(4096, 4096, 4096, "int4", 64, True, "bfloat16"), Config(160, 5)),
     (Problem(4096, 4096, 4096, "int4", 32, True, "bfloat16"), Config(160, 5, 2)),
     (Problem(4096, 4096, 4096, "int4", 32, True, "float16"), Config(256, 4, 2)),
-    (Problem(4096, 14336, 4096, "int4", 128, False, "int8"), Config(160, 4, 2, turns="finished")),
+    (Problem(4096, 14336, 4096, "int4", 128, False, "int8"), Config(128, 4, 2, turns="finished")),
     (Problem(4096, 4096, 6144, "int4", 128, False, "bfloat16"), Config(256, 4, 2, turns="started")),
     (Problem(4096, 14336, 4096, "int4", 128, False, "int8"), Config(96, 8, 2, overlap=True)),
     (Problem(4096, 4096, 6144, "int4", 128, False, "int8"), Config(96, 4, overlap=True)),
@@ -54,7 +54,7 @@ BRANCHES: list[tuple[Problem, Config]] = [
             ((64, 4096, 28672, "int4", 128, False, "bfloat16"), Config(40, 8, 1, 1, 4)),
             ((64, 4096, 28672, "int4", 128, False, "int8"), Config(64, 5, 1, 1, 4)),
             ((4096, 4096, 28672, "int4", 128, False, "int8"), Config(96, 8, 2, overlap=True)),
-            ((4096, 4096, 28672, "int4", 128, False, "int8"), Config(160, 4, 2)),
+            ((4096, 4096, 28672, "int4", 128, False, "int8"), Config(128, 4, 2)),
             ((4096, 4096, 28672, "int4", 32, True, "bfloat16"), Config(240, 4)),
             ((4096, 4096, 28672, "int8", None, False, "bfloat16"), Config(256, 5, 2)),
         )
