@@ -2,7 +2,8 @@
 
 ``packed.pack_for_mosaic`` comes here with a weight whose format names activations; everything else
 about packed weights holds for it too. 8-bit codes become a ``PackedW8A8``. int4 codes with int8
-activations (W4A8) are packed as for 16-bit activations, in ``_layout.int8_order``.
+activations (W4A8) are packed as for 16-bit activations, in ``_layout.int8_order``; of their two
+kernels ``w4a8`` is for many rows.
 """
 
 from __future__ import annotations

@@ -42,10 +42,8 @@ def call(words: Array, *, interpret: bool) -> Array:
                 plgpu.wait_smem_to_gmem(_BUFFERS - 1, wait_read_only=True)
             smem[...] = _unpack.unpack_int8(packed[i], interpret=interpret)
             plgpu.commit_smem()
-            rows, columns = (
-                pl.ds(n_tile * _BLOCK_N, _BLOCK_N),
-                pl.ds((first + i) * _BLOCK_K, _BLOCK_K),
-            )
+            rows = pl.ds(n_tile * _BLOCK_N, _BLOCK_N)
+            columns = pl.ds((first + i) * _BLOCK_K, _BLOCK_K)
             plgpu.copy_smem_to_gmem(smem, out.at[rows, columns])
         # What has been read is on its way; the end of the kernel waits for the rest.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

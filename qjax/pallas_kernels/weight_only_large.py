@@ -24,7 +24,8 @@ multiplied by it after.
 W4A8 multiplies int4 by int8: a code in the upper half of a byte is 16 times its value, so that
 unpacking takes three instructions for eight codes (``_unpack.unpack_int8``). Sums of groups are
 exact integers, scaled and added to float32 totals: twice the registers, so tiles have up to 128
-tokens. Such weights are packed in an order of their own (``_layout.int8_order``).
+tokens, or 96 where products overlap with that (``_group_sums``; on an H200 up to 13 % faster than
+turns or neither, at some shapes up to 6 % slower). Such weights are packed in an order of their own (``_layout.int8_order``).
 
 References:
   Machete (vLLM): the transposed mixed-type product with ``wgmma``; see also ``w8a8``.
@@ -244,7 +245,8 @@ def tile_counts(config: Config, p: Problem) -> tuple[int, int]:
 # Constants of the model below, in cycles of a multiprocessor at 1.7 GHz: fitted to 1,079 times of
 # an H200 (shapes of Llama-3.1-8B, 8 to 4096 rows), of which it is off by 11 % (root mean square).
 # Its choice takes 2 % longer than the best one measured. An operand in registers costs 17 cycles
-# per wgmma beside its columns: 64 tokens take 43 cycles where the tensor core would take 32.
+# per wgmma beside its columns: 64 tokens take 43 cycles where the tensor core would take 32. W4A8
+# was fitted to 220 later times, by hand: it takes more cycles than two warpgroups hide.
 _CLOCK = 1.7e9
 _MEMORY_BYTES_PER_S = 4.3e12
 _LAUNCH_SECONDS = 2.0e-6
