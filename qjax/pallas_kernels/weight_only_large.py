@@ -25,7 +25,8 @@ W4A8 multiplies int4 by int8: a code in the upper half of a byte is 16 times its
 unpacking takes three instructions for eight codes (``_unpack.unpack_int8``). Sums of groups are
 exact integers, scaled and added to float32 totals: twice the registers, so tiles have up to 128
 tokens, or 96 where products overlap with that (``_group_sums``; on an H200 up to 13 % faster than
-turns or neither, at some shapes up to 6 % slower). Such weights are packed in an order of their own (``_layout.int8_order``).
+turns or neither, at some shapes up to 6 % slower). Such weights are packed in an order of their own
+(``_layout.int8_order``).
 
 References:
   Machete (vLLM): the transposed mixed-type product with ``wgmma``; see also ``w8a8``.
