@@ -41,11 +41,11 @@ from tqdm import tqdm
 
 from qjax._device import end_process
 from qjax.assets import bundled_model_path
-from qjax.checkpoints.hf import LoadedModel, load_model, resolve_folder
+from qjax.checkpoints.hf import LoadedModel, load_model, resolve_folder, stored_method
 from qjax.checkpoints.kv_scale_files import read_kv_scale_file
 from qjax.checkpoints.layout import head_rules
 from qjax.evaluation import abstract_params, kv_bytes_per_token, score, weight_bytes, windows
-from qjax.evaluation.heads import check_head_format, head_beside
+from qjax.evaluation.heads import check_head_format, head_beside, label, with_head
 from qjax.evaluation.memory import LINEAR_KERNELS, WeightBytes
 from qjax.evaluation.report import Row, markdown_table, write_report
 from qjax.evaluation.speed import measure_speed
@@ -73,7 +73,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="none",
         metavar="FORMAT",
         help="weight format of the output projection with each of --formats but bf16, which keeps "
-        "16 bits (default: none, 16 bits with all)",
+        "16 bits (default: none, 16 bits with all); a model that is quantized already is scored as "
+        "it is and once more with this one",
     )
     add("--kv-cache-dtypes", default="bf16", help="KV cache types (default %(default)s)")
     add(
@@ -96,7 +97,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> dict[str, QuantFormat | None]:
     """Errors first: everything that can be wrong without loading a model."""
     formats = {name: parse_format(name) for name in args.formats.split(",")}
-    check_head_format(args.lm_head_format, formats.values())
+    stored = args.model is not None and not args.memory_only  # it may be: its files will tell
+    check_head_format(args.lm_head_format, formats.values(), stored=stored)
     for name in args.kv_cache_dtypes.split(","):
         parse_kv(name, jnp.bfloat16)
     for name in ("max_tokens", "seq_len", "batch_size"):
@@ -191,15 +193,19 @@ def scored_rows(args: argparse.Namespace, formats: dict[str, QuantFormat | None]
     folder = resolve_folder(bundled_model_path() if args.model is None else args.model)
     scales, config = None, ModelConfig.from_hf(folder)
     head = head_rules(config, parse_format(args.lm_head_format))
+    method = stored_method(folder)
+    if method is not None and any(formats.values()):
+        raise ValueError(
+            f"{folder} is quantized already ({method}), so --formats can only be 'none', which "
+            "scores it as it is"
+        )
+    check_head_format(args.lm_head_format, formats.values(), stored=method is not None)
     if args.quantization_param_path is not None:
         scales = read_kv_scale_file(args.quantization_param_path, config)
     loaded = load_model(folder, dtype=args.dtype)
     scales = loaded.kv_scales if scales is None else scales
-    if loaded.method is not None and any(formats.values()):
-        raise ValueError(
-            f"{loaded.folder} is quantized already ({loaded.method}), so --formats can only be "
-            "'none', which scores it as it is"
-        )
+    # With a checkpoint that is quantized already, lm_head is compared by itself.
+    other = with_head(loaded.params, head) if head and method is not None else None
     dtype = loaded.module.dtype
     seq_len = args.seq_len or min(loaded.config.max_position_embeddings, 2048)
     data = sequences(args, loaded, text, seq_len)
@@ -209,13 +215,18 @@ def scored_rows(args: argparse.Namespace, formats: dict[str, QuantFormat | None]
         base, _, mode = name.partition(":")
         caches[name] = kv_formats(base, mode or None, (), loaded.config.num_layers, dtype, scales)
     rows: list[Row] = []
-    with tqdm(total=len(formats) * len(caches), desc="combinations") as bar:
-        for name, fmt in formats.items():
+    variants = [(name, fmt, head_beside(args.lm_head_format, fmt)) for name, fmt in formats.items()]
+    if other is not None:
+        variants.append((next(iter(formats)), None, args.lm_head_format))
+    with tqdm(total=len(variants) * len(caches), desc="combinations") as bar:
+        for name, fmt, head_name in variants:
             params = loaded.params
             if fmt is not None:
                 params = quantize_tree(params, {LINEAR_KERNELS: fmt, **(head or {})})
+            elif head_name is not None and other is not None:
+                params = other
             for kv_name, (kv, static_scales) in caches.items():
-                bar.set_postfix_str(f"{name}, KV {kv_name}")
+                bar.set_postfix_str(f"{label(name, head_name)}, KV {kv_name}")
                 # From these weights, as the serving engine decides it.
                 kv, biases = leave_out_biases(kv, params, loaded.config, scales)
                 if biases:
@@ -231,7 +242,7 @@ def scored_rows(args: argparse.Namespace, formats: dict[str, QuantFormat | None]
                     progress="scoring",
                 )
                 row: Row = {"format": name, "kv_cache_dtype": kv_name}
-                row["lm_head_format"] = head_beside(args.lm_head_format, fmt)
+                row["lm_head_format"] = head_name
                 row |= size_columns(weight_bytes(params))
                 row["kv_bytes_per_token"] = kv_bytes_per_token(loaded.config, kv)
                 row |= {"perplexity": scores.perplexity, "kl": scores.kl}

@@ -141,7 +141,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FORMAT",
         help="weight format of the output projection, which every token reads whole and which "
         "--quantization leaves in 16 bits: one of its formats (default: none). A calibration "
-        "calibrates it too. Models with a tied embedding have none",
+        "calibrates it too. A checkpoint that is quantized already can have one if its lm_head is "
+        "stored in 16 bits; models with a tied embedding have none",
     )
     add("--dtype", choices=DTYPES, default="auto", help="compute type (default: the checkpoint's)")
     add(

@@ -189,3 +189,35 @@ def test_quantized_models_are_scored_as_they_are(model: Path, text: Path, tmp_pa
     compare.main([*argv.split(), "--formats", "none", "--seq-len", "16"])
     (row,) = json.loads((tmp_path / "results.json").read_text())
     assert row["scale_bytes"] > 0 and "decode_tokens_per_s" not in row
+
+
+def test_lm_head_of_a_quantized_model(text: Path, tmp_path: Path) -> None:
+    """A row as it is and one more; what stores lm_head quantized is an error before any row."""
+    from qjax.checkpoints.export import save_model
+    from qjax.formats import INT8_CHANNEL
+    from qjax.quantize import quantize_tree
+
+    model = write_model(tmp_path, tied=False)
+    loaded = compare.load_model(model, progress=False)
+    for pattern, out in (("model/.*/kernel", "body"), (".*/kernel", "all")):
+        params = quantize_tree(loaded.params, {pattern: INT8_CHANNEL})
+        folder = tmp_path / f"model-{out}"
+        save_model(
+            folder, loaded.config, params, "compressed-tensors", source=model, progress=False
+        )
+    argv = f"--text {text} --seq-len 16 --max-tokens 30 --no-speed --formats none --output-dir"
+    argv = [*argv.split(), str(tmp_path / "out"), "--lm-head-format", "int8"]
+    with pytest.raises(ValueError, match="none of --formats quantizes anything"):
+        compare.main(["--model", str(model), *argv])
+    with pytest.raises(ValueError, match=r"stores lm_head quantized already \(int8_channel\)"):
+        compare.main(["--model", str(tmp_path / "model-all"), *argv])
+    assert not (tmp_path / "out").exists()
+    compare.main(["--model", str(tmp_path / "model-body"), *argv])
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(row["format"], row["lm_head_format"]) for row in rows] == [
+        ("none", None),
+        ("none", "int8"),
+    ]
+    saved = 32 * 288 * 3 - 288 * 4  # codes for float32, less the scales
+    assert rows[0]["weight_bytes"] - rows[1]["weight_bytes"] == saved
+    assert rows[0]["kl"] < rows[1]["kl"]  # the first has a KV cache in bf16

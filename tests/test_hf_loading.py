@@ -260,10 +260,11 @@ def test_quantized_checkpoints_go_through_their_reader(
     assert model.method == "fake int8" and model.kv_scales is not None
     with pytest.raises(ValueError, match="quantized already .fake int8.; load it without quantiz"):
         load(tmp_path, quantization=INT4)
-    with pytest.raises(
-        ValueError, match="load it without rules for lm_head/kernel, or load the un"
-    ):
-        load(tmp_path, rules={"lm_head/kernel": INT4})
+    rules = {".*layers_1/.*/down_proj/kernel": INT4, ".*/q_proj/kernel": None}
+    with pytest.raises(ValueError, match="a rule matches model/layers_0/self_attn/q_proj/kernel, "):
+        load(tmp_path, rules=rules)
+    del rules[".*/q_proj/kernel"]
+    assert load(tmp_path, rules=rules).params["model"]["layers_1"]["mlp"]["down_proj"]["kernel"].fmt
     for name, value, message in [
         (f"{Q_PROJ}.bias", np.ones(16, np.float32), "q_proj.bias; it would not compute"),
         (f"{Q_PROJ}.codes", codes[:8], r"codes has shape \(8, 16\), the model needs \(16, 16\)"),

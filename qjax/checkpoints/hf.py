@@ -107,7 +107,9 @@ def load_model(
       skip: Regular expression on parameter paths (``model/layers_0/mlp/down_proj/kernel``, matched
         in full) of kernels to leave as they are, beyond ``lm_head``.
       rules: Regular expression on parameter paths to the format of those kernels, or None to leave
-        them; the first match wins, before ``quantization``. The way to quantize ``lm_head`` too.
+        them; the first match wins, before ``quantization``. The way to quantize ``lm_head`` too. Of
+        a checkpoint that is quantized already they may name what it stores unquantized, which most
+        often is ``lm_head``.
       dtype: Compute dtype, and type of what is not quantized (norm weights stay float32); by
         default the one the checkpoint was saved in.
       mesh: Cut each parameter over these devices as soon as it is read; see
@@ -119,22 +121,27 @@ def load_model(
       progress: Show a progress bar on standard error.
 
     Returns:
-      The model. A checkpoint that is quantized already keeps its stored codes and scales.
+      The model. A checkpoint that is quantized already keeps its stored codes and scales, a native
+      one every parameter as it was saved.
 
     Raises:
       CheckpointError: If files are missing, damaged or do not fit the config; before weights are
         read.
-      ValueError: If the config asks for something not implemented, a rule matches nothing, or the
-        mesh would cut groups that share a scale.
+      ValueError: If the config asks for something not implemented, a rule matches nothing or a
+        layer that is stored quantized, ``quantization`` or ``skip`` is given for a checkpoint that
+        is quantized already, any of the three for a native one, or the mesh would cut groups that
+        share a scale.
     """
     if mesh is not None and place is not None:
         raise ValueError("give mesh or place, not both")
     folder = resolve_folder(path, revision)
     if (folder / NATIVE_MANIFEST).exists():
-        if quantization is not None or skip is not None or rules is not None:
+        given = _given(quantization, skip, rules)
+        if given:
             raise ValueError(
                 f"{folder} is a native checkpoint, its parameters keep the formats they were saved "
-                "in; load it without quantization, skip and rules"
+                f"in; load it without {given[0]}, or save it again with such formats "
+                "(qjax.quantize_tree before save_native)"
             )
         # Here, because it builds on this module and importing Orbax takes a second.
         from qjax.checkpoints.native import load_native
@@ -148,8 +155,8 @@ def load_model(
     checkpoint = SafetensorsCheckpoint(folder)
     reader = find_reader(folder, raw_config, checkpoint.tensors)
     leaves = model_leaves(config)
-    formats = _choose_formats(leaves, reader, quantization, skip, rules)
     check_tensors(config, leaves, checkpoint, reader)
+    formats = _choose_formats(leaves, reader, quantization, skip, rules)
     tokenizer = load_tokenizer(folder)
     compute_dtype = _compute_dtype(config, dtype)
     if mesh is not None:
@@ -196,6 +203,19 @@ def load_model(
         tokenizer=tokenizer,
         kv_scales=scales,
     )
+
+
+def stored_method(folder: Path) -> str | None:
+    """How the weights in a folder are quantized: ``LoadedModel.method``, from the headers alone.
+
+    Raises:
+      CheckpointError: If files are missing, or quantized in a way that no reader takes.
+    """
+    if (folder / NATIVE_MANIFEST).exists():
+        return "native"
+    tensors = SafetensorsCheckpoint(folder).tensors
+    reader = find_reader(folder, read_json(folder / "config.json"), tensors)
+    return None if reader is None else reader.name
 
 
 def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -317,10 +337,7 @@ def _choose_formats(
     skip: str | None,
     rules: Rules | None,
 ) -> dict[str, QuantFormat | None]:
-    asked = {"quantization": quantization, "skip": skip, "rules": rules}
-    given = [name for name, value in asked.items() if value is not None]
-    if given == ["rules"]:
-        given = [f"rules for {', '.join(rules or ())}"]
+    given = _given(quantization, skip, None)
     if reader is not None and given:
         raise ValueError(
             f"the checkpoint is quantized already ({reader.name}); load it without {given[0]}, or "
@@ -338,7 +355,32 @@ def _choose_formats(
         if HEAD in kernels:
             ordered.setdefault(HEAD, None)
         ordered.setdefault(".*/kernel", quantization)
-    return match_rules(kernels, ordered)
+    formats = match_rules(kernels, ordered)
+    if reader is not None:
+        _refuse_stored([leaf for leaf in leaves if leaf.path in formats], reader)
+    return formats
+
+
+def _given(quantization: QuantFormat | None, skip: str | None, rules: Rules | None) -> list[str]:
+    """Which of the arguments are given, in words."""
+    asked = {
+        "quantization": quantization,
+        "skip": skip,
+        f"rules for {', '.join(rules or ())}": rules or None,
+    }
+    return [name for name, value in asked.items() if value is not None]
+
+
+def _refuse_stored(leaves: list[Leaf], reader: QuantizedReader) -> None:
+    """Raise if a rule matches a layer whose codes are in the checkpoint."""
+    stored = [leaf.path for leaf in leaves if reader.is_quantized(leaf.layer)]
+    if stored:
+        more = len(stored) - 1
+        raise ValueError(
+            f"a rule matches {stored[0]}{f' and {more} more layers' if more else ''}, which the "
+            f"checkpoint stores quantized already ({reader.name}); leave what it stores quantized "
+            "out of the rules, it is kept as it is, or load the unquantized checkpoint"
+        )
 
 
 def _stored_bytes(leaf: Leaf, checkpoint: SafetensorsCheckpoint) -> int:
