@@ -232,6 +232,19 @@ def test_two_runs_do_not_write_one_file(tmp_path):
     assert path.read_text().count("\n") == 2 and not first.partial.exists()
 
 
+def test_a_partial_file_without_results_binds_nobody(tmp_path):
+    """Such as of a run that failed while it loaded its model."""
+    with pytest.raises(ValueError, match="no such layer"):
+        with ResultFile(tmp_path / "out.jsonl", 2, {"a": 1}):
+            raise ValueError("no such layer")
+    with pytest.raises(KeyboardInterrupt):
+        with ResultFile(tmp_path / "out.jsonl", 2, {"a": 2}) as file:
+            file.add(1, Result("p", "t", (1,), 1, "length"))
+            raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="a: 2 then, 3 now"):
+        ResultFile(tmp_path / "out.jsonl", 2, {"a": 3})
+
+
 def test_a_damaged_partial_file_is_an_error(model, tmp_path, capsys):
     prompts = write_lines(tmp_path / "p.txt", "the cat")
     write_lines(tmp_path / "out.jsonl.partial", "[]")

@@ -187,4 +187,8 @@ class ResultFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if not self.done:
+            # Nothing is lost with it, and it would bind the next run to this one's settings. While
+            # it is locked: afterwards it may be another's.
+            self.partial.unlink(missing_ok=True)
         self._file.close()
