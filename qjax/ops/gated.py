@@ -75,9 +75,21 @@ def gated_config(
     """
     if not w.alternating:
         return None
-    problem = dataclasses.replace(packed_problem(x, w, out_dtype=out_dtype), gated=True)
     # That of the product alone, which may have been measured.
     config, _ = packed_config(x, w, out_dtype=out_dtype)
+    return gated_form(packed_problem(x, w, out_dtype=out_dtype), config)
+
+
+def gated_form(
+    problem: weight_only.Problem, config: Any
+) -> weight_only.Config | weight_only_large.Config | None:
+    """What a product's config becomes where the product is gated; None where it cannot be.
+
+    Args:
+      problem: The product alone.
+      config: Its config, of any kernel.
+    """
+    problem = dataclasses.replace(problem, gated=True)
     large = isinstance(config, weight_only_large.Config)
     kernel: Any = weight_only_large if large else weight_only
     if (

@@ -107,12 +107,12 @@ def _multiply(acc: Any, total: Any, weights: Array, x_smem: Any, interpret: bool
     return total
 
 
-def _give_back(scratch: dict[str, Any], slot: Array, interpret: bool) -> None:
-    """Wait for the products that read a slot, and hand it back to the memory warpgroup."""
+def _give_back(scratch: dict[str, Any], slot: Array, interpret: bool, *, wait: bool = True) -> None:
+    """Hand a slot back to the memory warpgroup, after waiting for the products that read it."""
     if interpret:
         # The interpreter wants a proxy fence between a read of a slot and the next copy into it.
         plgpu.commit_smem()
-    else:
+    elif wait:
         plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(scratch["consumed"].at[slot])
 
@@ -293,17 +293,12 @@ def _overlapped_integers(
         weights, slot = operands
         return _multiply(acc, acc, weights, scratch["x_smem"].at[slot], interpret)
 
-    def release(operands: Any) -> None:
-        if interpret:
-            plgpu.commit_smem()  # as in _give_back
-        plgpu.barrier_arrive(scratch["consumed"].at[operands[1]])
-
     return _group_sums.overlapped(
         problem.k // config.splits // step_k(problem),
         (_BLOCK_N, config.columns),
         load=load,
         multiply=multiply,
-        release=release,
+        release=lambda operands: _give_back(scratch, operands[1], interpret, wait=False),
         interpret=interpret,
     )
 
@@ -317,21 +312,20 @@ def _integer_product(
     interpret: bool,
 ) -> Array:
     """``weights @ x.T`` of int8 operands, one group, as float32: below ``128 * 127 * 128``."""
-    x_smem = scratch["x_smem"].at[slot]
-    if interpret:
+
+    def multiply(acc: Any, total: Any) -> Any:
         turns.take()
-        total = _multiply(None, jnp.zeros(shape, jnp.int32), weights, x_smem, interpret)
+        total = _multiply(acc, total, weights, scratch["x_smem"].at[slot], interpret)
         turns.started()
         _give_back(scratch, slot, interpret)
         turns.finished()
-        return total.astype(jnp.float32)
+        return total
+
+    if interpret:
+        return multiply(None, jnp.zeros(shape, jnp.int32)).astype(jnp.float32)
 
     def run(acc: Any) -> None:
-        turns.take()
-        _multiply(acc, (), weights, x_smem, interpret)
-        turns.started()
-        _give_back(scratch, slot, interpret)
-        turns.finished()
+        multiply(acc, ())
 
     total = pl.run_state(run)(plgpu.ACC.init(_group_sums.integer_start(shape)))
     return _group_sums.from_integer(total)

@@ -360,7 +360,7 @@ def heuristic_config(p: Problem) -> Config:
     found = _candidates(p)
     if not found:
         # Narrow weights: the smallest tile always fits.
-        return Config(64, 128 if p.blocks else 64, 4, promote=p.blocks or p.groups, swap=p.groups)
+        return Config(64, 128 if p.blocks else 64, 4, promote=p.blocks)
     return min(found, key=lambda config: estimate_seconds(config, p))
 
 

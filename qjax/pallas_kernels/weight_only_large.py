@@ -25,8 +25,8 @@ W4A8 multiplies int4 by int8: a code in the upper half of a byte is 16 times its
 unpacking takes three instructions for eight codes (``_unpack.unpack_int8``). Sums of groups are
 exact integers, scaled and added to float32 totals: twice the registers, so tiles have up to 128
 tokens, or 96 where products overlap with that (``_group_sums``; on an H200 up to 13 % faster than
-turns or neither, at some shapes up to 6 % slower). Such weights are packed in an order of their own
-(``_layout.int8_order``).
+all else here, at some shapes slower, once by a quarter). Such weights are packed in an order of
+their own (``_layout.int8_order``).
 
 References:
   Machete (vLLM): the transposed mixed-type product with ``wgmma``; see also ``w8a8``.
@@ -247,7 +247,7 @@ def tile_counts(config: Config, p: Problem) -> tuple[int, int]:
 # an H200 (shapes of Llama-3.1-8B, 8 to 4096 rows), of which it is off by 11 % (root mean square).
 # Its choice takes 2 % longer than the best one measured. An operand in registers costs 17 cycles
 # per wgmma beside its columns: 64 tokens take 43 cycles where the tensor core would take 32. W4A8
-# was fitted to 220 later times, by hand: it takes more cycles than two warpgroups hide.
+# was fitted to 218 later times, by hand: it takes more cycles than two warpgroups hide.
 _CLOCK = 1.7e9
 _MEMORY_BYTES_PER_S = 4.3e12
 _LAUNCH_SECONDS = 2.0e-6
@@ -270,10 +270,9 @@ def estimate_seconds(config: Config, p: Problem) -> float:
         alone += _SCALE_CYCLES + 2.5 * config.columns
     elif scaled_sums(p):
         alone += (_SCALE_CYCLES + 0.35 * config.columns) * 64 / (p.group_size or 128)
-    together, by_itself = config.warpgroups * product, product + alone
-    step = max(1.06 * together, 0.66 * product + alone) + 0.15 * min(together, by_itself)
-    if config.overlap:
-        step = together
+    step = together = config.warpgroups * product
+    if not config.overlap:
+        step = max(1.06 * together, 0.66 * product + alone) + 0.15 * min(together, product + alone)
     loaded = config.columns * 128 / config.cluster / 64 + config.warpgroups * p.bits * step_k(p) / 8
     steps = p.k // config.splits // step_k(p)
     # Writing a tile out takes its part of the time in which nothing is multiplied.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qjax.ops.gated import gated_form
 from qjax.pallas_kernels import dequantize, tuned, w4a8, w8a8, weight_only, weight_only_large
 from tests.kernels.test_aot import _missing
 from tests.kernels.test_aot_w8a8 import compile_all
@@ -38,7 +39,7 @@ def _shipped(name: str) -> Iterator[tuple[Any, Any]]:
             if entry["kernel"] != name:
                 continue
             measured = kernel.Problem(**entry["problem"]), kernel.Config(**entry["config"])
-            for problem, config in (measured, *_gated(kernel, *measured)):
+            for problem, config in (measured, *_gated(*measured)):
                 free: dict[str, Any] = {"k": 0, "n": 0}
                 if name != "weight_only":  # whose tiles have the number of rows
                     free["m"] = 0
@@ -51,18 +52,12 @@ def _shipped(name: str) -> Iterator[tuple[Any, Any]]:
                     yield problem, config
 
 
-def _gated(kernel: Any, problem: Any, config: Any) -> Iterator[tuple[Any, Any]]:
-    """What ``gated.gated_config`` makes of it for gate and up."""
-    if kernel not in (weight_only, weight_only_large) or problem.compute == "int8":
-        return
-    if config.splits > 1 or problem.n < 4 * problem.k:
-        return
-    gated = dataclasses.replace(problem, gated=True)
-    if kernel is weight_only_large:
-        config = dataclasses.replace(config, turns=None)
-    if kernel.unsupported_reason(gated) is None:
-        fits = kernel.config_unsupported_reason(config, gated) is None
-        yield gated, config if fits else kernel.heuristic_config(gated)
+def _gated(problem: Any, config: Any) -> Iterator[tuple[Any, Any]]:
+    """The same for gate and up, if it is their shape."""
+    if isinstance(problem, weight_only.Problem) and problem.compute != "int8":
+        form = gated_form(problem, config) if problem.n >= 4 * problem.k else None
+        if form is not None:
+            yield dataclasses.replace(problem, gated=True), form
 
 
 @pytest.mark.parametrize("name", KERNELS)
