@@ -33,6 +33,10 @@ class QuantFormat:
       block: ``(contraction, output)`` tile; only for ``block``.
       symmetric: Without a zero point. Float types are always symmetric.
       scale_dtype: Type in which scales are held. float32 unless a checkpoint stores another.
+      scale_steps: For groups of symmetric integers: a scale is a whole multiple, from 1 to so many,
+        of a step that all groups of an output feature share. Code times multiple fits int8, so that
+        products with int8 activations need not scale the sum of every group (QServe,
+        arXiv:2405.04532). None: every scale is free.
       activation: For W8A8: the format in which the activations meeting this weight are quantized.
       dynamic: Activation formats only: scale computed per call (True) or stored with the weight.
 
@@ -46,6 +50,7 @@ class QuantFormat:
     block: tuple[int, int] | None = None
     symmetric: bool = True
     scale_dtype: str = "float32"
+    scale_steps: int | None = None
     activation: QuantFormat | None = None
     dynamic: bool = True
 
@@ -82,8 +87,22 @@ class QuantFormat:
             raise ValueError(f"block={self.block} must be positive")
         if self.is_float and not self.symmetric:
             raise ValueError(f"qtype={self.qtype!r} has no zero point; use symmetric=True")
+        if self.scale_steps is not None:
+            self._check_scale_steps(self.scale_steps)
         if self.activation is not None and self.activation.activation is not None:
             raise ValueError("an activation format cannot itself have an activation format")
+
+    def _check_scale_steps(self, steps: int) -> None:
+        if self.is_float or not self.symmetric or self.granularity != "group":
+            raise ValueError(f"scale_steps={steps} of {self.name}: only symmetric integers in groups")
+        if self.scale_dtype != "float32":
+            raise ValueError(f"scale_steps={steps} needs scale_dtype='float32': multiples are exact")
+        most = 2 ** (8 - self.bits)
+        if not 1 < steps <= most:
+            raise ValueError(
+                f"scale_steps={steps} of {self.qtype} must be from 2 to {most}: a code times a "
+                "multiple must fit int8"
+            )
 
     @property
     def is_float(self) -> bool:
@@ -130,6 +149,8 @@ class QuantFormat:
         tile = self.granularity
         if self.group_size is not None:
             tile = f"g{self.group_size}"
+        if self.scale_steps is not None:
+            tile += f"x{self.scale_steps}"
         if self.block is not None:
             tile = "block" + "x".join(map(str, self.block))
         label = f"{self.qtype}_{tile}" + ("" if self.symmetric else "_asym")
@@ -212,7 +233,7 @@ INT8_PER_TENSOR = QuantFormat("int8", "tensor", dynamic=False)
 W8A8_FP8 = FP8_E4M3_CHANNEL.replace(activation=FP8_PER_TOKEN)
 W8A8_FP8_BLOCK = FP8_E4M3_BLOCK128.replace(activation=FP8_TOKEN_G128)
 W8A8_INT8 = INT8_CHANNEL.replace(activation=INT8_PER_TOKEN)
-W4A8_INT8 = INT4_G128.replace(activation=INT8_PER_TOKEN)
+W4A8_INT8 = INT4_G128.replace(scale_steps=16, activation=INT8_PER_TOKEN)
 
 FORMATS: dict[str, QuantFormat | None] = {
     "none": None,

@@ -24,6 +24,7 @@ from qjax.formats import QuantFormat
 from qjax.typing import Array, DType
 
 TINY = float(jnp.finfo(jnp.float32).tiny)
+_SPARE_BITS = 5  # of a step's mantissa: multiples up to 16, and sixteenths of those
 
 
 def bound(dtype: DType) -> float:
@@ -122,11 +123,67 @@ def round_scale(scale: Array, dtype: str) -> Array:
     return jnp.clip(scale, float(info.tiny), float(info.max)).astype(dtype)
 
 
-def absmax_scale(absmax: Array, fmt: QuantFormat) -> Array:
-    """Symmetric scale, ``absmax / bound``, in ``fmt.scale_dtype``; 1 for a tile of zeros."""
+def absmax_scale(absmax: Array, fmt: QuantFormat, step: Array | None = None) -> Array:
+    """Symmetric scale, ``absmax / bound``, in ``fmt.scale_dtype``; 1 for a tile of zeros.
+
+    With ``step`` (``scale_step``; needed if ``fmt.scale_steps`` is set) the nearest multiple of it.
+    """
     scale = absmax / jnp.float32(fmt.bound)
+    if fmt.scale_steps is not None:
+        assert step is not None, "formats with scale_steps need the step of each column"
+        return whole_scale(scale, step, fmt.scale_steps)
     scale = jnp.where(scale < TINY, jnp.float32(1), scale)
     return round_scale(scale, fmt.scale_dtype)
+
+
+def scale_step(absmax: Array, fmt: QuantFormat, axis: int) -> Array | None:
+    """The step of which all scales along ``axis`` are multiples; None without ``scale_steps``.
+
+    The largest scale is ``scale_steps`` times it. Its last bits are zeros, so that multiples are
+    exact.
+
+    Args:
+      absmax: float32, one per tile; 0 for tiles of zeros.
+      fmt: The format.
+      axis: Contraction axis.
+
+    Returns:
+      float32 in the shape of ``absmax`` but for a length of one along ``axis``; 1 for zeros.
+    """
+    if fmt.scale_steps is None:
+        return None
+    step = absmax.max(axis, keepdims=True) / jnp.float32(fmt.bound * fmt.scale_steps)
+    step = jnp.where(step < TINY, jnp.float32(1), step)
+    bits = jax.lax.bitcast_convert_type(step, jnp.int32) & ~((1 << _SPARE_BITS) - 1)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def whole_scale(scale: Array, step: Array, steps: int) -> Array:
+    """The multiple of ``step``, from 1 to ``steps``, that is nearest to ``scale``: exact."""
+    return jnp.clip(jnp.rint(scale / step), 1, steps) * step
+
+
+def find_scale_step(scale: Array, steps: int) -> tuple[Array, Array]:
+    """The step of scales that are multiples of one, as ``whole_scale`` makes them.
+
+    Args:
+      scale: float32 ``(groups, n)``: all groups of a column or some of them.
+      steps: The largest multiple.
+
+    Returns:
+      ``(step, exact)``, each ``(1, n)``: the step and whether every scale is a multiple of it, to
+      the last bit. If none fits, the finest step.
+    """
+    largest = scale.max(0, keepdims=True)
+
+    def body(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        step, exact = found
+        tried = largest / (steps - i).astype(jnp.float32)
+        fits = jnp.all(whole_scale(scale, tried, steps) == scale, axis=0, keepdims=True)
+        return jnp.where(fits & ~exact, tried, step), exact | fits
+
+    start = largest / jnp.float32(steps), jnp.zeros(largest.shape, bool)
+    return jax.lax.fori_loop(0, steps, body, start)
 
 
 def minmax_scale(low: Array, high: Array, fmt: QuantFormat) -> tuple[Array, Array]:

@@ -33,7 +33,8 @@ def compute_scale(x: Array, fmt: QuantFormat, *, axis: int = -2) -> tuple[Array,
     """
     tiles = fmt.tiles(x.shape, axis)
     if fmt.symmetric:
-        return numerics.absmax_scale(numerics.tile_absmax(x, tiles), fmt), None
+        absmax = numerics.tile_absmax(x, tiles)
+        return numerics.absmax_scale(absmax, fmt, numerics.scale_step(absmax, fmt, axis)), None
     return numerics.minmax_scale(*numerics.tile_reduce(x, tiles), fmt)
 
 

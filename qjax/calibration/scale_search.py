@@ -43,10 +43,15 @@ def shrink_factors(fmt: QuantFormat) -> np.ndarray:
     return np.stack([low.ravel(), high.ravel()], axis=1)
 
 
-def range_scale(low: Array, high: Array, fmt: QuantFormat) -> tuple[Array, Array | None]:
-    """Scale and zero point (None if symmetric) of tiles with the given ranges."""
+def range_scale(
+    low: Array, high: Array, fmt: QuantFormat, step: Array | None = None
+) -> tuple[Array, Array | None]:
+    """Scale and zero point (None if symmetric) of tiles with the given ranges.
+
+    ``step``: see ``numerics.absmax_scale``.
+    """
     if fmt.symmetric:
-        return numerics.absmax_scale(jnp.maximum(-low, high), fmt), None
+        return numerics.absmax_scale(jnp.maximum(-low, high), fmt, step), None
     return numerics.minmax_scale(low, high, fmt)
 
 
