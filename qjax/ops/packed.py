@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
 from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.formats import QuantFormat
-from qjax.numerics import expand_tiles
+from qjax.numerics import expand_tiles, find_scale_step
 from qjax.pallas_kernels import _codes, _layout, dequantize, weight_only, weight_only_large
 from qjax.pallas_kernels.tuned import tuned_config
 from qjax.quantize import is_quantized, path_string
@@ -47,7 +47,8 @@ class PackedWeight:
     Attributes:
       words: Packed codes, int32 ``(k / 128, n / 64, bits, 256)``.
       scales: ``(groups, 1, n)`` scales, or ``(groups, 2, n)`` scales and offsets, in
-        ``_codes.stored_dtype(compute)``; None if the scale does not vary along ``k``.
+        ``_codes.stored_dtype(compute)``; None if the scale does not vary along ``k``. Whole
+        multiples of ``column`` in bfloat16 if ``has_whole_scales``.
       column: float32 ``(n,)``: the scale of each output feature, or what remains of it.
       perm: int32 ``(k,)`` activation order, or None; see ``QuantizedArray``.
       act_scale: The original's, kept for ``unpack``.
@@ -87,6 +88,11 @@ class PackedWeight:
         return self.fmt.storage_dtype.name
 
     @property
+    def has_whole_scales(self) -> bool:
+        """Whether scales are multiples of a step per column (``QuantFormat.scale_steps``)."""
+        return self.fmt.scale_steps is not None and _takes_int8(self.fmt) and self.scales is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         parts = (x for x in jax.tree_util.tree_leaves(self) if hasattr(x, "shape"))
@@ -110,6 +116,10 @@ class PackedWeight:
         return self.unpack().dequantize(dtype)
 
 
+def _takes_int8(fmt: QuantFormat) -> bool:
+    return fmt.activation is not None and fmt.activation.qtype == "int8"
+
+
 @jax.jit
 def _unpack(w: PackedWeight) -> QuantizedArray:
     if w.alternating:
@@ -126,7 +136,11 @@ def _unpack(w: PackedWeight) -> QuantizedArray:
         # Scales of a whole column were repeated for every group; those of a block for every column.
         every = slice(None, None, tile_k * w.scales.shape[0] // k), slice(None, None, tile_n)
         stored = w.scales[:, 0]
-        scale = _codes.merge_scale(stored, w.column, w.kind, w.compute)[every]
+        if w.has_whole_scales:
+            scale = stored.astype(jnp.float32) * w.column[None]
+        else:
+            scale = _codes.merge_scale(stored, w.column, w.kind, w.compute)
+        scale = scale[every]
         if w.scales.shape[1] == 2:
             offset = w.scales[:, 1]
             zero_point = _codes.zero_point_of_offset(stored, offset, w.kind, w.compute)[every]
@@ -251,7 +265,11 @@ def pack_for_registers(w: QuantizedArray, compute: str) -> PackedWeight:
 
     scale, scales = per_group(w.scale.astype(jnp.float32)), None
     column = scale[0]
-    if group_size is not None:
+    if group_size is not None and w.fmt.scale_steps is not None and _takes_int8(w.fmt):
+        step, _ = find_scale_step(scale, w.fmt.scale_steps)
+        scales = jnp.rint(scale / step).astype(jnp.bfloat16)[:, None]
+        column = step[0]
+    elif group_size is not None:
         stored, column = _codes.split_scale(scale, kind, compute)
         parts = [stored]
         if w.zero_point is not None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.formats import QuantFormat
-from qjax.numerics import expand_tiles
+from qjax.numerics import expand_tiles, find_scale_step
 from qjax.ops.activations import QuantizedActivation, quantize_activation
 from qjax.ops.packed import PackedWeight, pack_for_registers
 from qjax.pallas_kernels import w4a8, w8a8, weight_only_large
@@ -82,7 +82,9 @@ def pack_unsupported_reason(w: QuantizedArray) -> str | None:
         if x_tile != k:
             return f"activation groups of {x_tile} with int4 weights"
         group_size = None if w.tiles[0] == k else w.tiles[0]
-        p = weight_only_large.Problem(1, k, n, kind, group_size, compute="int8")
+        whole = group_size is not None and w.fmt.scale_steps is not None
+        options: dict[str, Any] = {"compute": "int8", "whole_scales": whole}
+        p = weight_only_large.Problem(1, k, n, kind, group_size, **options)
         return weight_only_large.unsupported_reason(p)
     blocks = w.tiles[0] != k
     if blocks and (w.tiles[0] != w8a8.BLOCK_K or min(w.tiles[1], n) not in (w8a8.BLOCK_K, n)):
@@ -95,9 +97,21 @@ def pack_unsupported_reason(w: QuantizedArray) -> str | None:
 def pack(w: QuantizedArray) -> PackedWeight:
     """Rearrange a weight for its kernel; ``pack_unsupported_reason`` must be None."""
     if w.qvalue.dtype.name == "int4":
-        # Scales in float32, as the sums of groups are scaled.
+        if w.fmt.scale_steps is not None and not isinstance(w.scale, jax.core.Tracer):
+            _check_whole(w.scale, w.fmt.scale_steps)
+        # Free scales in float32, as the sums of groups are scaled.
         return pack_for_registers(w, "bfloat16")
     return _pack(w)
+
+
+def _check_whole(scale: Array, steps: int) -> None:
+    _, exact = find_scale_step(scale, steps)
+    if not bool(exact.all()):
+        raise ValueError(
+            f"{int((~exact).sum())} of {exact.size} columns have scales that are no multiples, from 1 "
+            f"to {steps}, of a step, as the format says (scale_steps={steps}); quantize with "
+            "qjax.quantize or qjax.calibration, or give the array a format with scale_steps=None"
+        )
 
 
 @jax.jit
@@ -141,11 +155,13 @@ def kernels(
         problem = w8a8.Problem(m, k, n, *kinds, blocks=blocks, out_itemsize=out_itemsize)
         return [(w8a8, problem)]
     group_size = None if w.scales is None else k // w.scales.shape[0]
-    few = weight_only_large.Problem(
-        m, k, n, w.kind, group_size, compute="int8", out_itemsize=out_itemsize
-    )
+    options: dict[str, Any] = {
+        "out_itemsize": out_itemsize,
+        "whole_scales": w.has_whole_scales,
+    }
+    few = weight_only_large.Problem(m, k, n, w.kind, group_size, compute="int8", **options)
     found: list[tuple[Any, Any]] = [(weight_only_large, few)]
-    many = w4a8.Problem(m, k, n, out_itemsize)
+    many = w4a8.Problem(m, k, n, **options)
     if group_size is not None and m >= w4a8.MIN_ROWS and w4a8.unsupported_reason(many) is None:
         found.append((w4a8, many))
     return found[::-1] if m >= _EXPAND_FROM else found

@@ -63,16 +63,21 @@ def unpack(
     return _unpack_ptx(words, scales, offsets, kind, compute, parts)
 
 
-def unpack_int8(words: Array, *, interpret: bool) -> Array:
-    """int4 codes as int8 numbers 16 times as large: what W4A8 multiplies.
+def unpack_int8(words: Array, multiples: Sequence[Array] = (), *, interpret: bool) -> Array:
+    """int4 codes as int8 numbers, times 16 or times whole multiples: what W4A8 multiplies.
 
     A word holds, for the 16 columns of its step, two rows of four codes. The codes of either row
     become four bytes, byte ``2 e + c`` that of column ``8 c + 2 q + e`` for the lanes whose number
     is ``q`` modulo 4; ``wgmma`` reads them as columns ``4 q`` to ``4 q + 3``. So the contraction is
     put in another order within each 16 before it is packed: ``_layout.int8_order``.
 
+    Times 16 takes three instructions for eight codes, times a multiple seven: one multiplication
+    and addition serves four codes at once, as their bytes, moved up by 128, stay positive.
+
     Args:
       words: int32 ``(4, 256)``, loaded with ``words_layout``.
+      multiples: Of each group of the tile one per row, bfloat16 ``(64,)``, whole and from 1 to 16;
+        empty for 16.
       interpret: Use jnp instead of PTX.
 
     Returns:
@@ -82,30 +87,70 @@ def unpack_int8(words: Array, *, interpret: bool) -> Array:
     if interpret:
         codes = _layout.unpack_words(words[None, None], 4).T  # (64, 128)
         codes = codes.reshape(shape[0], -1, 2, 4, 2).transpose(0, 1, 3, 4, 2).reshape(shape)
-        return ((codes.astype(jnp.int16) - 8) * 16).astype(jnp.int8)
+        factor = jnp.int16(16)
+        if multiples:
+            each = jnp.stack(multiples, axis=1).astype(jnp.int16)  # (64, groups)
+            factor = jnp.repeat(each, shape[1] // each.shape[1], axis=1)
+        return ((codes.astype(jnp.int16) - 8) * factor).astype(jnp.int8)
 
     @plgpu.inline_mgpu(
-        arg_types=(words_layout(4),),
+        arg_types=(words_layout(4), *(plgpu.Layout.WGMMA.reduce(1) for _ in multiples)),
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.int8, layout=plgpu.Layout.WGMMA_8BIT),
     )
-    def emit(_: Any, packed: Any) -> Any:
+    def emit(_: Any, packed: Any, *rows: Any) -> Any:
         quad = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
         registers = np.empty(mgpu.WGMMA_LAYOUT_8BIT.registers_shape(shape), dtype=object)
         flat = [_element(vec, i) for vec in packed.registers.flat for i in range(4)]
-        # The code's bias of 8 is the sign bit of the byte. Both row halves of a word in turn.
-        text = "{ .reg .b32 m; and.b32 m, $1, 0xF0F0F0F0; xor.b32 $0, m, 0x80808080; }"
-        halves = [
-            _asm(text, source)
-            for word in flat
-            for source in (_asm("shl.b32 $0, $1, 4;", word), word)
-        ]
+        if rows:
+            factors = [_byte_factors(row) for row in rows]
+            per_group = len(flat) // len(factors)
+            halves = [
+                _times_multiple(source, *factors[index // per_group][half])
+                for index, word in enumerate(flat)
+                for half, source in enumerate((word, _asm("shr.b32 $0, $1, 4;", word)))
+            ]
+        else:
+            # The code's bias of 8 is the sign bit of the byte. Both row halves of a word in turn.
+            text = "{ .reg .b32 m; and.b32 m, $1, 0xF0F0F0F0; xor.b32 $0, m, 0x80808080; }"
+            halves = [
+                _asm(text, source)
+                for word in flat
+                for source in (_asm("shl.b32 $0, $1, 4;", word), word)
+            ]
         for index, register in zip(np.ndindex(registers.shape), halves, strict=True):
             registers[index] = mgpu.utils.bitcast(register, quad)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=True
         )
 
-    return emit(words)
+    return emit(words, *multiples)
+
+
+def _byte_factors(rows: Any) -> list[tuple[Any, Any]]:
+    """Per row half: the multiple ``m``, and ``128 - 8 m`` in every byte."""
+    i16 = ir.IntegerType.get_signless(16)
+    factors = []
+    for register in rows.registers.flat:
+        stored = mgpu.utils.bitcast(register, i16)
+        # bfloat16 is the upper half of a float32.
+        text = (
+            "{ .reg .b16 z; .reg .f32 w; mov.b16 z, 0; mov.b32 w, {z, $1}; "
+            "cvt.rni.s32.f32 $0, w; }"
+        )
+        multiple = _asm(text, stored, constraints="=r,h")
+        text = "{ .reg .s32 d; mad.lo.s32 d, $1, -8, 128; mul.lo.s32 $0, d, 0x01010101; }"
+        factors.append((multiple, _asm(text, multiple)))
+    assert len(factors) == 2, len(factors)
+    return factors
+
+
+def _times_multiple(word: Any, multiple: Any, offset: Any) -> Any:
+    """Four codes in the lower halves of bytes, times a multiple, as int8."""
+    text = (
+        "{ .reg .b32 c; and.b32 c, $1, 0x0F0F0F0F; mad.lo.s32 c, c, $2, $3; "
+        "xor.b32 $0, c, 0x80808080; }"
+    )
+    return _asm(text, word, multiple, offset)
 
 
 def words_layout(rows: int) -> Any:

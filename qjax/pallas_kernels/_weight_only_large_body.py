@@ -21,6 +21,7 @@ from qjax.pallas_kernels.weight_only_large import (
     Config,
     out_buffers,
     scale_rows,
+    scaled_sums,
     step_k,
     tile_counts,
     word_rows,
@@ -159,7 +160,9 @@ def _scratch_types(
         "x_smem": plgpu.SMEM(
             (stages, config.columns, step_k(problem)),
             x.dtype,
-            transforms=transforms(x.dtype, 64 if problem.group_size == 32 else 128),
+            transforms=transforms(
+                x.dtype, 64 if scaled_sums(problem) and problem.group_size == 32 else 128
+            ),
         ),
         "out_smem": plgpu.SMEM(
             (config.warpgroups, out_buffers(config, problem), config.chunk, _BLOCK_N),

@@ -77,7 +77,8 @@ def _load_weights(
         for part, values in zip(range(source.shape[0]), (scales, offsets), strict=False):
             values.append(plgpu.load(source.at[part, rows], layout=plgpu.Layout.WGMMA.reduce(1)))
     if problem.compute == "int8":
-        return [_unpack.unpack_int8(words, interpret=interpret)], scales
+        multiples = scales if problem.whole_scales else []
+        return [_unpack.unpack_int8(words, multiples, interpret=interpret)], scales
     sum_scales: list[Array] = []
     if scaled_sums(problem):
         scales, sum_scales = [], scales
@@ -153,7 +154,8 @@ def _accumulate(
 
         sums = pl.run_scoped(run, plgpu.ACC(shape, dtype))
     if problem.compute == "int8":
-        return sums.astype(jnp.float32) * jnp.float32(1 / 16)
+        unit = 1 if problem.whole_scales else 1 / 16
+        return sums.astype(jnp.float32) * jnp.float32(unit)
     if problem.group_size is not None:
         return sums
     # Unpacking leaves a constant power of two: 16-bit floats have no room for it.

@@ -109,6 +109,8 @@ class Problem:
       compute: Type of the activations as the kernel gets them.
       out_itemsize: Bytes of one output.
       gated: Whether the outputs are products ``silu(gate) * up`` of alternate tiles of columns.
+      whole_scales: int8 activations only: stored scales are whole multiples of a step per column,
+        at most 16, by which the codes are multiplied (``QuantFormat.scale_steps``).
     """
 
     m: int
@@ -120,6 +122,7 @@ class Problem:
     compute: str = "float16"
     out_itemsize: int = 2
     gated: bool = False
+    whole_scales: bool = False
 
     @property
     def rows(self) -> int:

@@ -26,7 +26,9 @@ unpacking takes three instructions for eight codes (``_unpack.unpack_int8``). Su
 exact integers, scaled and added to float32 totals: twice the registers, so tiles have up to 128
 tokens, or 96 where products overlap with that (``_group_sums``; on an H200 up to 13 % faster than
 all else here, at some shapes slower, once by a quarter). Such weights are packed in an order of
-their own (``_layout.int8_order``).
+their own (``_layout.int8_order``). With ``whole_scales`` codes are multiplied by their group's
+multiple while they are unpacked, in seven instructions for eight codes, and all of the contraction
+is one integer sum.
 
 References:
   Machete (vLLM): the transposed mixed-type product with ``wgmma``; see also ``w8a8``.
@@ -56,7 +58,7 @@ class Config:
     """How the work is cut up.
 
     Attributes:
-      columns: Tokens of a tile, a multiple of 8 up to 256 (128 for W4A8 with groups).
+      columns: Tokens of a tile, a multiple of 8 up to 256 (128 for W4A8 with scaled sums).
       stages: Steps of 64 of the contraction in flight, at least 2.
       cluster: 1, or 2 for pairs of CTAs that share the loading of their tokens.
       splits: Parts into which the contraction is cut; their sums are added by XLA.
@@ -64,7 +66,7 @@ class Config:
       raster: Tiles are visited in stripes of so many along the tokens, back and forth.
       turns: Warpgroups multiply in turns, passed on when products have ``"started"`` or
         ``"finished"`` (``_turns``); None leaves it to chance.
-      overlap: W4A8 with groups: a group's product runs while the sums of the one before are scaled.
+      overlap: W4A8 with scaled sums: a group's product runs while those of the last are scaled.
         For two warpgroups and, with a third set of registers, up to 96 tokens.
     """
 
@@ -118,7 +120,7 @@ def step_k(p: Problem) -> int:
 
 def scaled_sums(p: Problem) -> bool:
     """Whether the sums of groups are scaled, and not the weights."""
-    return p.group_size is not None and p.compute != "float16"
+    return p.group_size is not None and p.compute != "float16" and not p.whole_scales
 
 
 def max_columns(p: Problem, warpgroups: int = 2, *, overlap: bool = False) -> int:
@@ -130,9 +132,14 @@ def max_columns(p: Problem, warpgroups: int = 2, *, overlap: bool = False) -> in
     return {2: _MAX_COLUMNS, 3: 160, 4: 80}[warpgroups]
 
 
-def stored_dtype(compute: str) -> DType:
-    """Type of a group's scale as the kernel reads it; W4A8 takes that of bfloat16."""
-    return _codes.stored_dtype("bfloat16" if compute == "int8" else compute)
+def stored_dtype(p: Problem) -> DType:
+    """Type of a group's scale as the kernel reads it; W4A8 takes that of bfloat16.
+
+    Whole multiples come in bfloat16, which holds those up to 256.
+    """
+    if p.whole_scales:
+        return jnp.dtype(jnp.bfloat16)
+    return _codes.stored_dtype("bfloat16" if p.compute == "int8" else p.compute)
 
 
 def unsupported_reason(p: Problem) -> str | None:
@@ -146,9 +153,15 @@ def unsupported_reason(p: Problem) -> str | None:
         return f"n={p.n} with many rows; must be a multiple of {2 * _layout.BLOCK_N}"
     if p.m < 1:
         return f"m={p.m} rows; at least one is needed"
+    if p.whole_scales and (p.compute != "int8" or p.group_size is None):
+        return f"whole scales with {p.compute} activations; they are for groups and int8"
     if p.compute == "int8":
-        if p.kind != "int4" or p.group_size not in (None, 128) or p.zero_point:
-            return "int8 activations are for int4 weights in groups of 128 without zero points"
+        sizes = (32, 64, 128) if p.whole_scales else (None, 128)
+        if p.kind != "int4" or p.group_size not in sizes or p.zero_point:
+            return (
+                "int8 activations are for int4 weights without zero points, in groups of 128 or, "
+                "with whole scales, 32, 64 or 128"
+            )
     elif p.compute not in _codes.COMPUTE_DTYPES:
         return f"{p.compute} activations; the kernel takes float16, bfloat16 and int8"
     return None
@@ -174,7 +187,7 @@ def _operand_bytes(config: Config, p: Problem) -> int:
     buffers = (
         config.stages * config.warpgroups * p.bits * 8 * step_k(p),
         config.stages * config.columns * 128,
-        config.stages * parts * rows * stored_dtype(p.compute).itemsize,
+        config.stages * parts * rows * stored_dtype(p).itemsize,
         2 * config.stages * 8 + _pair_barriers(config, p) * 8,
     )
     return sum(map(_align, buffers))
@@ -206,7 +219,7 @@ def smem_bytes(config: Config, p: Problem) -> int:
 def config_unsupported_reason(config: Config, p: Problem) -> str | None:
     """Why a config does not fit a problem; None if it does."""
     if config.overlap and not (scaled_sums(p) and p.compute == "int8"):
-        return "overlap=True; it is for int8 activations and weights in groups"
+        return "overlap=True; it is for int8 activations and weights with scaled sums"
     if config.overlap and config.warpgroups != 2:
         return f"overlap=True with warpgroups={config.warpgroups}; two have the registers"
     if config.overlap and config.stages < 3:
@@ -370,7 +383,7 @@ def matmul(
       words: Packed codes, int32 ``(k / 128, n / 64, bits, 256)``; for int8 activations packed in
         ``_layout.int8_order``.
       scales: ``(groups, 1, n)`` stored scales, or ``(groups, 2, n)`` scales and offsets, in
-        ``stored_dtype`` of the type of ``x``; None without groups.
+        ``stored_dtype``; None without groups. With int8 activations bfloat16 ones are whole.
       column: float32 ``(n,)``, applied to the output.
       row_scale: float32 ``(m,)``, applied to the output; None for none.
       kind: Type of the codes.
@@ -404,6 +417,7 @@ def matmul(
         compute=x.dtype.name,
         out_itemsize=jnp.dtype(out_dtype).itemsize,
         gated=gated,
+        whole_scales=x.dtype == jnp.int8 and scales is not None and scales.dtype == jnp.bfloat16,
     )
     reason = unsupported_reason(problem)
     if reason is None:

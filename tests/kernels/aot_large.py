@@ -30,7 +30,7 @@ def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
     }
     if p.group_size is not None:
         dims = (p.k // p.group_size, 2 if p.zero_point else 1, p.n)
-        arguments["scales"] = shape(dims, weight_only_large.stored_dtype(p.compute))
+        arguments["scales"] = shape(dims, weight_only_large.stored_dtype(p))
     if p.compute != "bfloat16":
         arguments["row_scale"] = shape((p.m,), "float32")
 

@@ -34,6 +34,17 @@ BRANCHES: list[tuple[Problem, Config]] = [
     (Problem(4096, 14336, 4096, "int4", 128, False, "int8"), Config(96, 8, 2, overlap=True)),
     (Problem(4096, 4096, 6144, "int4", 128, False, "int8"), Config(96, 4, overlap=True)),
     (Problem(4096, 14336, 4096, "int4", None, False, "int8"), Config(256, 4)),
+    *(
+        (Problem(m, 4096, 28672, "int4", group, False, "int8", whole_scales=True), config)
+        for m, group, config in (
+            (4096, 128, Config(256, 4, 2)),
+            (4096, 128, Config(256, 4, turns="started")),
+            (4096, 32, Config(256, 4, 2)),
+            (64, 128, Config(64, 6, 1, 1, 4)),
+            (64, 64, Config(80, 4, 2, 1, 4)),
+            (128, 128, Config(160, 4, 1, 4, 3)),
+        )
+    ),
     (Problem(4096, 4096, 4096, "int8", None, False, "bfloat16"), Config(256, 4, 2)),
     (Problem(64, 4096, 28672, "int4", 128, False, "bfloat16"), Config(80, 6, 2, 1, 4)),
     (Problem(64, 4096, 28672, E4M3, 128, False, "bfloat16"), Config(80, 5, 1, 1, 4)),

@@ -29,7 +29,9 @@ FORMATS: dict[str, QuantFormat] = {
     "fp8_block": qjax.W8A8_FP8_BLOCK,
     "int8_static": qjax.W8A8_INT8.replace(activation=STATIC_INT8),
     "fp8_tensor": qjax.FP8_E4M3_TENSOR.replace(activation=qjax.FP8_PER_TOKEN),
-    "w4a8": qjax.W4A8_INT8,
+    "w4a8": qjax.INT4_G128.replace(activation=qjax.INT8_PER_TOKEN),
+    "w4a8_whole": qjax.W4A8_INT8,
+    "w4a8_whole_g32": qjax.W4A8_INT8.replace(group_size=32),
     "w4a8_channel": qjax.INT4_CHANNEL.replace(activation=qjax.INT8_PER_TOKEN),
     "e5m2": qjax.FP8_E5M2_CHANNEL.replace(activation=qjax.FP8_PER_TOKEN),
 }
@@ -63,6 +65,13 @@ CONFIGS: dict[str, tuple[str, Config | weight_only_large.Config]] = {
     "w4a8_expanded": ("w4a8", w4a8.Config(64, 112, 4, swap=True, promote=True)),
     "w4a8_expanded_cluster": ("w4a8", w4a8.Config(64, 96, 6, True, 1, 2, True)),
     "w4a8_expanded_splits": ("w4a8", w4a8.Config(64, 64, 3, True, 4, 1, True, 2)),
+    "w4a8_whole": ("w4a8_whole", weight_only_large.Config(256, 4, 2)),
+    "w4a8_whole_few": ("w4a8_whole", weight_only_large.Config(64, 6, warpgroups=4)),
+    "w4a8_whole_splits": ("w4a8_whole", weight_only_large.Config(48, 8, splits=2)),
+    "w4a8_whole_turns": ("w4a8_whole", weight_only_large.Config(256, 4, turns="started")),
+    "w4a8_whole_g32": ("w4a8_whole_g32", weight_only_large.Config(128, 4, 2)),
+    "w4a8_whole_expanded": ("w4a8_whole", w4a8.Config(128, 128, 3, cluster=2)),
+    "w4a8_whole_expanded_g32": ("w4a8_whole_g32", w4a8.Config(64, 64, 4, swap=True, splits=2)),
     "w4a8_channel_turns": ("w4a8_channel", weight_only_large.Config(256, 4, turns="started")),
 }
 

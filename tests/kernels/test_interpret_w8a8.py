@@ -42,6 +42,7 @@ class Case:
     config: Config | weight_only_large.Config
 
 
+W4A8 = qjax.INT4_G128.replace(activation=qjax.INT8_PER_TOKEN)
 W4A8_CHANNEL = qjax.INT4_CHANNEL.replace(activation=qjax.INT8_PER_TOKEN)
 CASES = {
     "fp8": Case(qjax.W8A8_FP8, 128, 384, 64, Config(64, 64, 2)),
@@ -52,17 +53,24 @@ CASES = {
     "fp8_promoted": Case(qjax.W8A8_FP8, 130, 384, 128, Config(64, 128, 2, promote=True)),
     "blocks": Case(qjax.W8A8_FP8_BLOCK, 130, 384, 128, Config(64, 128, 2, promote=True)),
     "blocks_few_rows": Case(qjax.W8A8_FP8_BLOCK, 9, 512, 320, Config(64, 16, 2, True, 2, 1, True)),
-    "w4a8": Case(qjax.W4A8_INT8, 70, 384, 128, weight_only_large.Config(48, 2)),
+    "w4a8": Case(W4A8, 70, 384, 128, weight_only_large.Config(48, 2)),
     "w4a8_overlap": Case(
-        qjax.W4A8_INT8, 30, 896, 128, weight_only_large.Config(32, 3, overlap=True)
+        W4A8, 30, 896, 128, weight_only_large.Config(32, 3, overlap=True)
     ),
     "w4a8_expanded": Case(
-        qjax.W4A8_INT8, 30, 896, 128, w4a8.Config(64, 32, 3, swap=True, promote=True)
+        W4A8, 30, 896, 128, w4a8.Config(64, 32, 3, swap=True, promote=True)
     ),
     "w4a8_expanded_edges": Case(
-        qjax.W4A8_INT8, 40, 512, 256, w4a8.Config(64, 32, 3, True, 2, 2, True)
+        W4A8, 40, 512, 256, w4a8.Config(64, 32, 3, True, 2, 2, True)
     ),
-    "w4a8_splits": Case(qjax.W4A8_INT8, 5, 512, 256, weight_only_large.Config(16, 2, 2, 2)),
+    "w4a8_splits": Case(W4A8, 5, 512, 256, weight_only_large.Config(16, 2, 2, 2)),
+    "w4a8_whole": Case(qjax.W4A8_INT8, 70, 384, 128, weight_only_large.Config(48, 2)),
+    "w4a8_whole_g32": Case(
+        qjax.W4A8_INT8.replace(group_size=32), 24, 256, 128, weight_only_large.Config(24, 2)
+    ),
+    "w4a8_whole_expanded": Case(
+        qjax.W4A8_INT8.replace(group_size=64), 40, 512, 128, w4a8.Config(64, 64, 3, swap=True)
+    ),
     "w4a8_channel": Case(W4A8_CHANNEL, 24, 256, 128, weight_only_large.Config(24, 2)),
 }
 

@@ -32,7 +32,9 @@ FORMATS: dict[str, QuantFormat] = {
     "fp8_tensor": qjax.FP8_E4M3_TENSOR.replace(activation=qjax.FP8_PER_TOKEN),
     "fp8_block_token": qjax.FP8_E4M3_BLOCK128.replace(activation=qjax.FP8_PER_TOKEN),
     "e5m2": qjax.FP8_E5M2_CHANNEL.replace(activation=qjax.FP8_PER_TOKEN),
-    "w4a8": qjax.W4A8_INT8,
+    "w4a8": qjax.INT4_G128.replace(activation=qjax.INT8_PER_TOKEN),
+    "w4a8_whole": qjax.W4A8_INT8,
+    "w4a8_whole_g32": qjax.W4A8_INT8.replace(group_size=32),
     "w4a8_channel": qjax.INT4_CHANNEL.replace(activation=qjax.INT8_PER_TOKEN),
 }
 
@@ -86,7 +88,7 @@ def test_refusals_say_why(rng: np.random.Generator) -> None:
     assert "at least 128" in refusal(qjax.W8A8_FP8_BLOCK, (256, 64))
     assert "zero points" in refusal(qjax.INT4_G128_ASYM.replace(activation=qjax.INT8_PER_TOKEN))
     g64 = qjax.INT4_G64.replace(activation=qjax.INT8_PER_TOKEN)
-    assert "int4 weights in groups of 128" in refusal(g64)
+    assert "in groups of 128 or" in refusal(g64)
     assert "int8 activations with float8_e4m3fn" in (
         unsupported_reason(Problem(1, 128, 64, "float8_e4m3fn", "int8")) or ""
     )
