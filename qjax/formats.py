@@ -36,7 +36,8 @@ class QuantFormat:
       scale_steps: For groups of symmetric integers: a scale is a whole multiple, from 1 to so many,
         of a step that all groups of an output feature share. Code times multiple fits int8, so that
         products with int8 activations need not scale the sum of every group (QServe,
-        arXiv:2405.04532). None: every scale is free.
+        arXiv:2405.04532). None: every scale is free. Checkpoints of other engines hold the scales,
+        exactly, but not this number; it is found again in those of compressed-tensors.
       activation: For W8A8: the format in which the activations meeting this weight are quantized.
       dynamic: Activation formats only: scale computed per call (True) or stored with the weight.
 
@@ -94,9 +95,15 @@ class QuantFormat:
 
     def _check_scale_steps(self, steps: int) -> None:
         if self.is_float or not self.symmetric or self.granularity != "group":
-            raise ValueError(f"scale_steps={steps} of {self.name}: only symmetric integers in groups")
+            raise ValueError(
+                f"scale_steps={steps} of {self.name}: only symmetric integers in groups have them; "
+                "use scale_steps=None"
+            )
         if self.scale_dtype != "float32":
-            raise ValueError(f"scale_steps={steps} needs scale_dtype='float32': multiples are exact")
+            raise ValueError(
+                f"scale_steps={steps} with scale_dtype={self.scale_dtype!r}: multiples are exact in "
+                "float32 only; use scale_dtype='float32', or scale_steps=None for free scales"
+            )
         most = 2 ** (8 - self.bits)
         if not 1 < steps <= most:
             raise ValueError(

@@ -13,6 +13,10 @@ inf           saturates to the end of its tile's *finite* range on its side; the
               from the finite values only, so one inf does not ruin its neighbours
 NaN           code 0: a NaN carries no magnitude, and fp8 NaNs would poison whole dot products
 ============  ==================================================================================
+
+With ``scale_steps`` this holds of a whole column, whose largest magnitude decides about its step.
+Within it a group is rounded as if its magnitude were at least a sixteenth (``1 / scale_steps``) of
+the column's: zeros stay exact zeros, with the step as their scale.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from qjax.formats import QuantFormat
 from qjax.typing import Array, DType
 
 TINY = float(jnp.finfo(jnp.float32).tiny)
-_SPARE_BITS = 5  # of a step's mantissa: multiples up to 16, and sixteenths of those
+_SPARE_BITS = 6  # of a step's mantissa are zeros, so that multiples up to 64 are exact
 
 
 def bound(dtype: DType) -> float:
@@ -129,11 +133,17 @@ def absmax_scale(absmax: Array, fmt: QuantFormat, step: Array | None = None) -> 
     With ``step`` (``scale_step``; needed if ``fmt.scale_steps`` is set) the nearest multiple of it.
     """
     scale = absmax / jnp.float32(fmt.bound)
-    if fmt.scale_steps is not None:
-        assert step is not None, "formats with scale_steps need the step of each column"
-        return whole_scale(scale, step, fmt.scale_steps)
-    scale = jnp.where(scale < TINY, jnp.float32(1), scale)
-    return round_scale(scale, fmt.scale_dtype)
+    if fmt.scale_steps is None:
+        scale = jnp.where(scale < TINY, jnp.float32(1), scale)
+    return fit_scale(scale, fmt, step)
+
+
+def fit_scale(scale: Array, fmt: QuantFormat, step: Array | None = None) -> Array:
+    """Round float32 scales to what the format holds: its type, or a multiple of ``step``."""
+    if fmt.scale_steps is None:
+        return round_scale(scale, fmt.scale_dtype)
+    assert step is not None, "formats with scale_steps need the step of each column"
+    return whole_scale(scale, step, fmt.scale_steps)
 
 
 def scale_step(absmax: Array, fmt: QuantFormat, axis: int) -> Array | None:
@@ -153,9 +163,13 @@ def scale_step(absmax: Array, fmt: QuantFormat, axis: int) -> Array | None:
     if fmt.scale_steps is None:
         return None
     step = absmax.max(axis, keepdims=True) / jnp.float32(fmt.bound * fmt.scale_steps)
-    step = jnp.where(step < TINY, jnp.float32(1), step)
-    bits = jax.lax.bitcast_convert_type(step, jnp.int32) & ~((1 << _SPARE_BITS) - 1)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return round_step(jnp.where(step < TINY, jnp.float32(1), step))
+
+
+def round_step(step: Array) -> Array:
+    """The nearest float32 of which multiples are exact; positive and well below the maximum."""
+    bits = jax.lax.bitcast_convert_type(step, jnp.int32) + (1 << _SPARE_BITS >> 1)
+    return jax.lax.bitcast_convert_type(bits & ~((1 << _SPARE_BITS) - 1), jnp.float32)
 
 
 def whole_scale(scale: Array, step: Array, steps: int) -> Array:
@@ -171,18 +185,19 @@ def find_scale_step(scale: Array, steps: int) -> tuple[Array, Array]:
       steps: The largest multiple.
 
     Returns:
-      ``(step, exact)``, each ``(1, n)``: the step and whether every scale is a multiple of it, to
-      the last bit. If none fits, the finest step.
+      ``(step, exact)``, each ``(1, n)``: a step and whether every scale is a multiple of it, to the
+      last bit. If none fits, the finest step.
     """
     largest = scale.max(0, keepdims=True)
 
     def body(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         step, exact = found
-        tried = largest / (steps - i).astype(jnp.float32)
+        # Rounded, as GPUs divide with an error of up to two units in the last place.
+        tried = round_step(largest / (steps - i).astype(jnp.float32))
         fits = jnp.all(whole_scale(scale, tried, steps) == scale, axis=0, keepdims=True)
         return jnp.where(fits & ~exact, tried, step), exact | fits
 
-    start = largest / jnp.float32(steps), jnp.zeros(largest.shape, bool)
+    start = round_step(largest / jnp.float32(steps)), jnp.zeros(largest.shape, bool)
     return jax.lax.fori_loop(0, steps, body, start)
 
 

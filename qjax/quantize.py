@@ -152,23 +152,24 @@ def fake_quantize(x: Array, fmt: QuantFormat, *, axis: int = -2) -> Array:
     # XLA for GPUs drops a conversion to fp8 and back as excess precision, the rounding with it.
     rounded = jax.lax.optimization_barrier(codes).dequantize(x.dtype)
     # x + stop_gradient(rounded - x) would round twice in bf16; this form returns `rounded` exactly.
-    return _straight_through(x, rounded)
+    return straight_through(x, rounded)
 
 
 @jax.custom_vjp
-def _straight_through(x: Array, rounded: Array) -> Array:
+def straight_through(x: Array, rounded: Array) -> Array:
+    """``rounded``, exactly, with the gradient of ``x``; both of the same shape and type."""
     return rounded
 
 
-def _straight_through_fwd(x: Array, rounded: Array) -> tuple[Array, None]:
+def _pass_fwd(x: Array, rounded: Array) -> tuple[Array, None]:
     return rounded, None
 
 
-def _straight_through_bwd(_: None, grad: Array) -> tuple[Array, Array]:
+def _pass_bwd(_: None, grad: Array) -> tuple[Array, Array]:
     return grad, jnp.zeros_like(grad)
 
 
-_straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
+straight_through.defvjp(_pass_fwd, _pass_bwd)
 
 
 def is_quantized(x: Any) -> bool:

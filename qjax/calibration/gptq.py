@@ -54,7 +54,8 @@ def gptq_quantize(
     """Quantize a kernel so that the layer's output over the calibration tokens changes least.
 
     Scales of a group are computed when its first row is reached, from weights that already carry
-    the corrections for all earlier rows.
+    the corrections for all earlier rows. With ``fmt.scale_steps`` their steps are those of the
+    original weights, whose largest range no scale exceeds.
 
     Args:
       weight: ``(k, n)`` kernel.
@@ -192,12 +193,14 @@ def _gptq(
     groups = rows // tile
     w = jnp.pad(weight.astype(jnp.float32), ((0, rows - k), (0, 0)))
     hessian, dead, importance = normalize_hessian(hessian, rows)
+    # All groups of a column share it, and the first is rounded before the others have changed.
+    step = numerics.scale_step(numerics.tile_absmax(w, (tile, out_tile)), fmt, 0)
 
     def tile_scale(values: Array, weights: Array) -> tuple[Array, Array | None]:
         if search:
-            return search_scale(values, weights, fmt)
+            return search_scale(values, weights, fmt, step)
         low, high = numerics.tile_reduce(values, (values.shape[0], out_tile))
-        return range_scale(low, high, fmt)
+        return range_scale(low, high, fmt, step)
 
     perm = row_order(importance, tile, order)
     group_of = perm // tile

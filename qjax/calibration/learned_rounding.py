@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 
 from qjax import numerics
-from qjax.quantize import encode
+from qjax.quantize import encode, straight_through
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["position", "start"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["position", "start", "step"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
 class Grid:
@@ -37,10 +37,12 @@ class Grid:
     Attributes:
       position: float32 ``(k, n)``, weights in units of a code, 0 at the zero point.
       start: The quantized array that learning starts from.
+      step: float32 ``(1, n)`` with ``scale_steps``: of which the scales of ``start`` are multiples.
     """
 
     position: Array
     start: QuantizedArray
+    step: Array | None = None
 
 
 @functools.partial(
@@ -76,10 +78,12 @@ def init_rounding(weight: Array | None, start: QuantizedArray) -> tuple[Grid, Ro
     """
     if start.ndim != 2 or start.perm is not None or start.global_scale is not None:
         raise ValueError("learning needs a matrix without permutation and global scale")
-    stretch = jnp.ones(start.scale.shape, jnp.float32)
+    stretch, step = jnp.ones(start.scale.shape, jnp.float32), None
+    if start.fmt.scale_steps is not None:
+        step, _ = numerics.find_scale_step(start.scale, start.fmt.scale_steps)
     if weight is None:
         code = start.qvalue.astype(jnp.float32) - _zero_point(start)
-        return Grid(code, start), Rounding(None, stretch)
+        return Grid(code, start, step), Rounding(None, stretch)
     if weight.shape != start.shape:
         raise ValueError(f"{weight.shape=} and a start of {start.shape} must be the same matrix")
     if start.fmt.is_float:
@@ -88,7 +92,7 @@ def init_rounding(weight: Array | None, start: QuantizedArray) -> tuple[Grid, Ro
             "equally spaced; use gptq"
         )
     position = weight.astype(jnp.float32) / _wide(start, start.scale)
-    return Grid(position, start), Rounding(jnp.zeros(weight.shape, jnp.float32), stretch)
+    return Grid(position, start, step), Rounding(jnp.zeros(weight.shape, jnp.float32), stretch)
 
 
 def rounded(grid: Grid, rounding: Rounding) -> Array:
@@ -117,11 +121,14 @@ def finish_rounding(grid: Grid, rounding: Rounding) -> QuantizedArray:
 
 
 def _scale(grid: Grid, rounding: Rounding) -> Array:
-    """float32 scales as they will be stored; rounding them to their type passes gradients."""
-    start = grid.start
+    """float32 scales as they will be stored; rounding them passes gradients."""
+    start, step = grid.start, grid.step
     scale = start.scale.astype(jnp.float32) * rounding.stretch
-    stored = numerics.round_scale(scale, start.fmt.scale_dtype).astype(jnp.float32)
-    return scale + jax.lax.stop_gradient(stored - scale)
+    if step is not None:
+        # What the groups of a column have in common is learned as finely as in other formats.
+        step = numerics.round_step(step * rounding.stretch.mean(0, keepdims=True))
+    stored = numerics.fit_scale(scale, start.fmt, step).astype(jnp.float32)
+    return straight_through(scale, stored)
 
 
 def _zero_point(start: QuantizedArray) -> Array:

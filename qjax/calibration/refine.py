@@ -109,6 +109,9 @@ def _refine(
     c = code.astype(jnp.float32) - numerics.expand_tiles(offset, (k, n), (tile, out_tile))
     c = jnp.pad(c, pad_rows)
     offset = jnp.pad(offset, pad_groups)
+    step = None
+    if fmt.scale_steps is not None:
+        step, _ = numerics.find_scale_step(scale, fmt.scale_steps)
     scale = jnp.pad(scale.astype(jnp.float32), pad_groups, constant_values=1.0)
 
     def wide(values: Array) -> Array:
@@ -131,8 +134,8 @@ def _refine(
         new = old - slope / jnp.where(curve > 0, curve, jnp.float32(1))
         # A scale that would change sign or explode belongs to a tile of next to no codes.
         new = jnp.where((new > old / 2) & (new < old * 2), new, old)
-        new = numerics.round_scale(new, fmt.scale_dtype).astype(jnp.float32)
-        # Narrow scale types may round to where the error is larger than before.
+        new = numerics.fit_scale(new, fmt, step).astype(jnp.float32)
+        # Narrow scale types and steps may round to where the error is larger than before.
         better = (2 * slope + curve * (new - old)) * (new - old) < 0
         new = jnp.where(better, new, old)
         gradient = gradient + effect * wide(new - old)

@@ -73,7 +73,9 @@ def rounding_error(
     return w.astype(jnp.float32) - decode(code, wide, offset)
 
 
-def search_scale(w: Array, importance: Array, fmt: QuantFormat) -> tuple[Array, Array | None]:
+def search_scale(
+    w: Array, importance: Array, fmt: QuantFormat, step: Array | None = None
+) -> tuple[Array, Array | None]:
     """Scales with the least importance-weighted square error.
 
     Args:
@@ -81,6 +83,8 @@ def search_scale(w: Array, importance: Array, fmt: QuantFormat) -> tuple[Array, 
       importance: float32 ``(k,)``, non-negative. Where it is zero over a whole tile, the full range
         is kept.
       fmt: The format.
+      step: With ``fmt.scale_steps``, float32 ``(1, n)``: take multiples of these, not of the steps
+        that the range of ``w`` gives.
 
     Returns:
       ``(scale, zero_point)`` as of ``qjax.quantize.compute_scale``.
@@ -92,7 +96,7 @@ def search_scale(w: Array, importance: Array, fmt: QuantFormat) -> tuple[Array, 
         weighted = delta * delta * importance[:, None]
         return numerics.tile_view(weighted, tiles).sum((1, 3))
 
-    return _search(w, fmt, tiles, tile_error)
+    return _search(w, fmt, tiles, tile_error, step)
 
 
 def search_scale_output(w: Array, hessian: Array, fmt: QuantFormat) -> tuple[Array, Array | None]:
@@ -132,15 +136,18 @@ def _search(
     fmt: QuantFormat,
     tiles: tuple[int, ...],
     tile_error: Callable[[Array, Array | None], Array],
+    step: Array | None = None,
 ) -> tuple[Array, Array | None]:
     low, high = numerics.tile_reduce(w, tiles)
     factors = jnp.asarray(shrink_factors(fmt))
-    scale, zero_point = range_scale(low, high, fmt)
+    if step is None:
+        step = numerics.scale_step(jnp.maximum(-low, high), fmt, 0)
+    scale, zero_point = range_scale(low, high, fmt, step)
 
     # A loop, not a batch of candidates: memory stays at one copy of the error.
     def body(i: Array, best: tuple[Array, Array, Array | None]) -> tuple:
         best_error, best_scale, best_zero = best
-        scale, zero_point = range_scale(low * factors[i, 0], high * factors[i, 1], fmt)
+        scale, zero_point = range_scale(low * factors[i, 0], high * factors[i, 1], fmt, step)
         error = tile_error(scale, zero_point)
         better = error < best_error  # False for NaN: the full range stays
         if zero_point is not None and best_zero is not None:

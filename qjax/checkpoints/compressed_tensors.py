@@ -20,10 +20,11 @@ all                    ``weight_scale``          ``(1,)``, ``(N, 1)``, ``(N, G)`
 static activations     ``input_scale``           ``(1,)``
 =====================  ========================  =================================================
 
-``w = (code - zero_point) * weight_scale``. Scales keep the type they are stored in. Codes fill
-their words without gaps; older versions left the bits unused that do not hold a whole code (3, 5, 6
-and 7 bits), which shows in the number of words. ``quantization_status`` is not looked at: there are
-compressed checkpoints which say "frozen", and the tensors tell what is stored.
+``w = (code - zero_point) * weight_scale``. Scales keep the type they are stored in; where they
+are whole multiples of a step per column, the format says so (``QuantFormat.scale_steps``). Codes
+fill their words without gaps; older versions left the bits unused that do not hold a whole code
+(3, 5, 6 and 7 bits), which shows in the number of words. ``quantization_status`` is not looked at:
+there are compressed checkpoints which say "frozen", and the tensors tell what is stored.
 
 Dynamic int8 activations are scaled by ``absmax / 127``, as vLLM's kernel for these checkpoints does
 (``csrc/quantization/compressed_tensors/int8_quant_kernels.cu``); compressed-tensors itself divides
@@ -54,6 +55,7 @@ from qjax.checkpoints.scales import (
     scalar,
     scale_dtype,
     tile_counts,
+    with_scale_steps,
 )
 from qjax.formats import QuantFormat
 from qjax.quantized_array import QuantizedArray
@@ -165,6 +167,7 @@ class CompressedTensorsReader:
         counts = tile_counts(fmt, shape)
         name = f"{layer}.weight_scale"
         scale = kernel_scale(name, get(name), counts)
+        fmt = with_scale_steps(fmt, scale)
         codes = self._codes(layer, scheme, get, shape)
         zero_point = None
         if not fmt.symmetric:

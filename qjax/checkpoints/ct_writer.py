@@ -331,9 +331,10 @@ class CompressedTensorsWriter:
 
 
 def _scheme_key(q: QuantizedArray) -> tuple[QuantFormat, bool]:
-    """What the config says of a layer; the type of ordinary scales is told by the tensors."""
+    """What the config says of a layer; tensors tell the type of ordinary scales and their steps."""
     ordinary = q.fmt.scale_dtype in _ORDINARY_SCALES
-    return q.fmt.replace(scale_dtype="float32") if ordinary else q.fmt, q.perm is not None
+    changes = {"scale_dtype": "float32", "scale_steps": None} if ordinary else {}
+    return q.fmt.replace(**changes), q.perm is not None
 
 
 def _args(fmt: QuantFormat, *, weights: bool = False, ordered: bool = False) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -11,6 +12,7 @@ from qjax.checkpoints.errors import CheckpointError
 from qjax.checkpoints.reader import GetTensor
 from qjax.checkpoints.safetensors_io import TensorInfo
 from qjax.formats import QuantFormat
+from qjax.numerics import find_scale_step
 
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 """Headers of ordinary scales."""
@@ -69,6 +71,25 @@ def kernel_scale(
     if check and not np.isfinite(array.astype(np.float32)).all():
         raise CheckpointError(f"{name} holds scales that are not finite; the file is damaged")
     return array.reshape(counts).T
+
+
+def with_scale_steps(fmt: QuantFormat, scale: np.ndarray) -> QuantFormat:
+    """The format with ``scale_steps``, which no foreign config names, if its scales have them.
+
+    Only for weights that meet int8 activations: the others have no use for steps.
+
+    Args:
+      fmt: The format as the config and the type of the scales say.
+      scale: ``(K tiles, N tiles)``.
+    """
+    int8 = fmt.activation is not None and fmt.activation.qtype == "int8"
+    if not (int8 and fmt.is_int and fmt.bits <= 4 and fmt.symmetric and fmt.group_size):
+        return fmt
+    if fmt.scale_dtype != "float32":
+        return fmt
+    steps = 2 ** (8 - fmt.bits)
+    _, exact = find_scale_step(jnp.asarray(scale), steps)
+    return fmt.replace(scale_steps=steps) if bool(exact.all()) else fmt
 
 
 def scalar(name: str, get: GetTensor) -> np.ndarray:

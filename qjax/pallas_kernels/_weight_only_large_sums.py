@@ -108,13 +108,18 @@ def _multiply(acc: Any, total: Any, weights: Array, x_smem: Any, interpret: bool
     return total
 
 
-def _give_back(scratch: dict[str, Any], slot: Array, interpret: bool, *, wait: bool = True) -> None:
-    """Hand a slot back to the memory warpgroup, after waiting for the products that read it."""
+def _give_back(
+    scratch: dict[str, Any], slot: Any, interpret: bool, *, wait: bool = True, running: int = 0
+) -> None:
+    """Hand a slot back to the memory warpgroup, after waiting for the products that read it.
+
+    ``running`` later ones are not waited for.
+    """
     if interpret:
         # The interpreter wants a proxy fence between a read of a slot and the next copy into it.
         plgpu.commit_smem()
     elif wait:
-        plgpu.wgmma_wait(0)
+        plgpu.wgmma_wait(running)
     plgpu.barrier_arrive(scratch["consumed"].at[slot])
 
 
@@ -130,17 +135,29 @@ def _accumulate(
     """Sum over the steps in the tensor core: float32 ``(64, columns)``."""
 
     def loop(acc: Any, total: Any) -> Any:
-        def step(i: Array, total: Any) -> Any:
-            slot = lax.rem(first + i, jnp.int32(config.stages))
-            (weights,), _ = _load_weights(slot, scratch, warpgroup, problem, interpret)
-            turns.take()
-            total = _multiply(acc, total, weights, scratch["x_smem"].at[slot], interpret)
-            turns.started()
-            _give_back(scratch, slot, interpret)
+        def some(i: Array, count: int, total: Any) -> Any:
+            """Steps in straight code: all but the first are unpacked while a product runs."""
+            before = None
+            for j in range(count):
+                slot = lax.rem(first + i + j, jnp.int32(config.stages))
+                (weights,), _ = _load_weights(slot, scratch, warpgroup, problem, interpret)
+                turns.take()
+                total = _multiply(acc, total, weights, scratch["x_smem"].at[slot], interpret)
+                turns.started()
+                if before is not None:
+                    _give_back(scratch, before, interpret, running=1)
+                before = slot
+            _give_back(scratch, before, interpret)
             turns.finished()
             return total
 
-        return lax.fori_loop(0, problem.k // config.splits // step_k(problem), step, total)
+        whole, rest = divmod(problem.k // config.splits // step_k(problem), config.ahead)
+
+        def piece(i: Array, total: Any) -> Any:
+            return some(config.ahead * i, config.ahead, total)
+
+        total = lax.fori_loop(0, whole, piece, total)
+        return some(jnp.int32(config.ahead * whole), rest, total) if rest else total
 
     shape = (_BLOCK_N, config.columns)
     dtype = jnp.int32 if problem.compute == "int8" else jnp.float32

@@ -68,6 +68,8 @@ class Config:
         ``"finished"`` (``_turns``); None leaves it to chance.
       overlap: W4A8 with scaled sums: a group's product runs while those of the last are scaled.
         For two warpgroups and, with a third set of registers, up to 96 tokens.
+      ahead: Without scaled sums: weights of a step are unpacked while the product of the one before
+        runs, within pieces of so many steps: 2 or 4; 1 for never.
     """
 
     columns: int
@@ -78,8 +80,15 @@ class Config:
     raster: int = 8
     turns: str | None = None
     overlap: bool = False
+    ahead: int = 1
 
     def __post_init__(self) -> None:
+        if self.ahead not in (1, 2, 4):
+            raise ValueError(f"ahead={self.ahead} must be 1, 2 or 4")
+        if self.ahead > 1 and (self.turns is not None or self.overlap):
+            raise ValueError(f"ahead={self.ahead} goes without turns and overlap")
+        if self.stages <= self.ahead > 1:
+            raise ValueError(f"ahead={self.ahead} with stages={self.stages}; it must be less")
         if self.turns not in (None, *TURNS):
             raise ValueError(f"turns={self.turns!r} must be None or one of {', '.join(TURNS)}")
         if self.turns is not None and self.overlap:
@@ -220,6 +229,8 @@ def config_unsupported_reason(config: Config, p: Problem) -> str | None:
     """Why a config does not fit a problem; None if it does."""
     if config.overlap and not (scaled_sums(p) and p.compute == "int8"):
         return "overlap=True; it is for int8 activations and weights with scaled sums"
+    if config.ahead > 1 and scaled_sums(p):
+        return f"ahead={config.ahead}; it is for products without scaled sums"
     if config.overlap and config.warpgroups != 2:
         return f"overlap=True with warpgroups={config.warpgroups}; two have the registers"
     if config.overlap and config.stages < 3:
@@ -347,6 +358,15 @@ def heuristic_config(p: Problem) -> Config:
     return best
 
 
+def _ahead(config: Config, p: Problem) -> list[Config]:
+    """The same with weights unpacked ahead, where that is possible."""
+    return [
+        dataclasses.replace(config, ahead=ahead)
+        for ahead in (4, 2)
+        if config.stages > ahead and not scaled_sums(p)
+    ]
+
+
 def search_space(p: Problem) -> list[Config]:
     """Configs worth timing for a problem, for an autotuner: the model's best first."""
     ranked = sorted(_candidates(p), key=lambda config: estimate_seconds(config, p))
@@ -357,7 +377,8 @@ def search_space(p: Problem) -> list[Config]:
     # With few columns or more warpgroups they only wait for each other.
     wide = [c for c in (plain[:2] + masked)[:3] if c.warpgroups == 2 and c.columns >= 64]
     turned = [dataclasses.replace(c, turns=turns) for c in wide for turns in TURNS]
-    first = [ranked[0], *overlapping[:4], *plain[:2], *turned, *masked]
+    eager = [c for config in plain[:4] for c in _ahead(config, p)]
+    first = [ranked[0], *overlapping[:4], *eager, *plain[:2], *turned, *masked]
     return list(dict.fromkeys(first + ranked))
 
 

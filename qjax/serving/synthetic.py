@@ -23,7 +23,7 @@ from qjax.kv_format import KVFormat
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
 from qjax.nn.rotary import RopeScaling
-from qjax.numerics import cast_saturating
+from qjax.numerics import cast_saturating, scale_step, whole_scale
 from qjax.ops.kv import quantize_kv
 from qjax.quantize import path_string, quantize, quantized_nbytes
 from qjax.quantized_array import QuantizedArray
@@ -151,6 +151,9 @@ def _random_quantized(
     codes = cast_saturating(codes, fmt.storage_dtype, lower=fmt.qmin, upper=fmt.qmax)
     spread = jax.random.uniform(scale_key, form.scale.shape, minval=0.8, maxval=1.2)
     scale = (spread * (0.08 / fmt.bound)).astype(form.scale.dtype)
+    step = scale_step(scale * fmt.bound, fmt, -2)
+    if step is not None and fmt.scale_steps is not None:
+        scale = whole_scale(scale, step, fmt.scale_steps)
     zero_point = None
     if form.zero_point is not None:
         zero_point = jax.random.randint(zero_key, form.scale.shape, -1, 2, jnp.int32)

@@ -29,11 +29,11 @@ from qjax.calibration.scale_search import search_scale
 from qjax.evaluation.memory import LINEAR_KERNELS
 from qjax.formats import QuantFormat
 from qjax.nn import QuantDense
-from qjax.quantize import fake_quantize, is_quantized, quantize
+from qjax.quantize import fake_quantize, is_quantized, quantize, straight_through
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array, PyTree
 
-LOG_SCALE, ZERO_POINT = "qat_log_scale", "qat_zero_point"
+LOG_SCALE, ZERO_POINT, STEP = "qat_log_scale", "qat_zero_point", "qat_scale_step"
 """Names of the leaves beside a kernel."""
 
 
@@ -46,9 +46,9 @@ def add_scales(params: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any]:
       fmt: Weight format.
 
     Returns:
-      The tree with float32 kernels and, beside each, ``log(scale)`` and the zero points of
-      asymmetric formats, which stay as they are. Scales of plain kernels are those with the least
-      square error.
+      The tree with float32 kernels and, beside each, ``log(scale)`` and, as they stay, the zero
+      points of asymmetric formats and the steps of formats with ``scale_steps``. Scales of plain
+      kernels are those with the least square error.
 
     Raises:
       ValueError: If a kernel is quantized in another format.
@@ -57,7 +57,9 @@ def add_scales(params: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any]:
     def node(path: str, parts: dict[str, Any]) -> dict[str, Any]:
         kernel = parts["kernel"]
         if is_quantized(kernel):
-            if kernel.fmt.replace(scale_dtype=fmt.scale_dtype) != fmt:
+            # Its scales may be of another type; multiples of a step are of one only.
+            wanted = fmt if fmt.scale_steps else fmt.replace(scale_dtype=kernel.fmt.scale_dtype)
+            if kernel.fmt != wanted:
                 raise ValueError(
                     f"{path} is quantized as {kernel.fmt.name}, training is for {fmt.name}; start "
                     "from a checkpoint in this format, or from an unquantized one"
@@ -70,6 +72,8 @@ def add_scales(params: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any]:
         new = parts | {"kernel": kernel, LOG_SCALE: jnp.log(scale.astype(jnp.float32))}
         if zero is not None:
             new[ZERO_POINT] = zero.astype(jnp.float32)
+        if fmt.scale_steps is not None:
+            new[STEP], _ = numerics.find_scale_step(scale, fmt.scale_steps)
         return new
 
     return _map_linears(params, node)
@@ -139,14 +143,19 @@ def _on_grid(params: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any]:
         del path
         if LOG_SCALE not in parts:
             return parts | {"kernel": fake_quantize(parts["kernel"], fmt)}
-        value = learned_step(parts["kernel"], parts[LOG_SCALE], parts.get(ZERO_POINT), fmt)
+        scales = parts[LOG_SCALE], parts.get(ZERO_POINT), fmt, parts.get(STEP)
+        value = learned_step(parts["kernel"], *scales)
         return _without_scales(parts) | {"kernel": value}
 
     return _map_linears(params, node)
 
 
 def learned_step(
-    kernel: Array, log_scale: Array, zero_point: Array | None, fmt: QuantFormat
+    kernel: Array,
+    log_scale: Array,
+    zero_point: Array | None,
+    fmt: QuantFormat,
+    step: Array | None = None,
 ) -> Array:
     """A kernel ``(k, n)`` on the grid of its scales, with gradients to both."""
     tiles = fmt.tiles(kernel.shape, 0)
@@ -155,8 +164,8 @@ def learned_step(
         return numerics.expand_tiles(values, kernel.shape, tiles)
 
     scale = jnp.exp(log_scale)
-    stored = numerics.round_scale(scale, fmt.scale_dtype).astype(jnp.float32)
-    scale = wide(scale + jax.lax.stop_gradient(stored - scale))
+    stored = numerics.fit_scale(scale, fmt, step).astype(jnp.float32)
+    scale = wide(straight_through(scale, stored))
     zero = jnp.zeros((1, 1), jnp.float32) if zero_point is None else wide(zero_point)
     low = jnp.float32(-fmt.bound if fmt.is_float else fmt.qmin) - jax.lax.stop_gradient(zero)
     high = jnp.float32(fmt.bound if fmt.is_float else fmt.qmax) - jax.lax.stop_gradient(zero)
@@ -183,7 +192,7 @@ def quantize_trained(params: Mapping[str, Any], fmt: QuantFormat, dtype: Any) ->
         del path
         scale = zero = None
         if LOG_SCALE in parts:
-            scale = numerics.round_scale(jnp.exp(parts[LOG_SCALE]), fmt.scale_dtype)
+            scale = numerics.fit_scale(jnp.exp(parts[LOG_SCALE]), fmt, parts.get(STEP))
             zero = parts[ZERO_POINT].astype(jnp.int8) if ZERO_POINT in parts else None
         value = quantize(parts["kernel"], fmt, dtype=dtype, scale=scale, zero_point=zero)
         return _without_scales(parts) | {"kernel": value}
@@ -195,7 +204,7 @@ def quantize_trained(params: Mapping[str, Any], fmt: QuantFormat, dtype: Any) ->
 
 
 def _without_scales(parts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: leaf for name, leaf in parts.items() if name not in (LOG_SCALE, ZERO_POINT)}
+    return {k: leaf for k, leaf in parts.items() if k not in (LOG_SCALE, ZERO_POINT, STEP)}
 
 
 def _map_linears(

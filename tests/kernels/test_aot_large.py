@@ -40,6 +40,8 @@ BRANCHES: list[tuple[Problem, Config]] = [
             (4096, 128, Config(256, 4, 2)),
             (4096, 128, Config(256, 4, turns="started")),
             (4096, 32, Config(256, 4, 2)),
+            (4096, 128, Config(256, 5, 2, ahead=4)),
+            (64, 128, Config(64, 6, 1, 1, 4, ahead=4)),
             (64, 128, Config(64, 6, 1, 1, 4)),
             (64, 64, Config(80, 4, 2, 1, 4)),
             (128, 128, Config(160, 4, 1, 4, 3)),
@@ -56,6 +58,9 @@ BRANCHES: list[tuple[Problem, Config]] = [
     (Problem(100, 4096, 4096, "int8", 128, False, "bfloat16"), Config(104, 8, splits=4)),
     (Problem(4096, 4096, 4096, "float8_e5m2", 128, False, "bfloat16"), Config(160, 5)),
     (Problem(4096, 4096, 4096, E4M3, None, False, "float16", 4), Config(240, 4)),
+    (Problem(4096, 4096, 4096, E4M3, None, False, "bfloat16"), Config(256, 5, ahead=4)),
+    (Problem(64, 4096, 4096, E4M3, None, False, "bfloat16"), Config(80, 6, 1, 4, 4, ahead=4)),
+    (Problem(256, 4096, 6144, "int8", None, False, "float16"), Config(160, 5, 1, 1, 3, ahead=4)),
     *(
         (Problem(*problem, gated=True), config)
         for problem, config in (

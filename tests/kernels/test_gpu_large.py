@@ -54,6 +54,9 @@ CONFIGS: dict[str, tuple[str, Config]] = {
     "started_sums": ("int4_g128", Config(256, 5, cluster=2, turns="started")),
     "started_short_groups": ("int4_g32_asym", Config(256, 4, turns="started")),
     "started_two_stages": ("int4_g128", Config(192, 2, turns="started")),
+    "ahead": ("e4m3_channel", Config(128, 8, ahead=4)),
+    "ahead_rest": ("int8_channel", Config(256, 5, cluster=2, splits=2, ahead=4)),
+    "ahead_four_warpgroups": ("int4_g128_f16", Config(64, 6, cluster=2, warpgroups=4, ahead=2)),
     "finished_three": ("int8_g128", Config(160, 4, warpgroups=3, turns="finished")),
     "finished_four": ("int4_g128", Config(64, 6, cluster=2, warpgroups=4, turns="finished")),
 }
@@ -81,6 +84,8 @@ GATED: dict[str, tuple[str, int, int, Config]] = {
     "started": ("int8_channel", 520, 33 * 256, Config(192, 6, turns="started")),
     "started_one_buffer": ("int8_channel", 520, 33 * 256, Config(256, 5, 2, turns="started")),
     "finished_four": ("int4_g128", 200, 33 * 512, Config(64, 6, 2, 1, 4, turns="finished")),
+    "ahead": ("int8_channel", 520, 33 * 256, Config(192, 6, ahead=4)),
+    "ahead_four": ("int4_channel", 64, 33 * 512, Config(64, 8, 2, 1, 4, ahead=2)),
     "e4m3": ("e4m3_block128", 200, 33 * 512, Config(64, 4, warpgroups=4)),
 }
 

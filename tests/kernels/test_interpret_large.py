@@ -39,6 +39,9 @@ CASES: dict[str, tuple[QuantFormat, int, int, int, Config, str, float]] = {
     "int8_cluster": (
         qjax.INT8_CHANNEL, 130, 256, 256, Config(128, 3, cluster=2), "bfloat16", tolerances.F32_SUM
     ),
+    "int8_ahead": (
+        qjax.INT8_CHANNEL, 30, 384, 128, Config(32, 3, ahead=2), "bfloat16", tolerances.F32_SUM
+    ),
     "e4m3_block": (
         qjax.FP8_E4M3_BLOCK128, 72, 256, 128, Config(72, 2), "bfloat16", tolerances.F32_SUM
     ),
