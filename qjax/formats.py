@@ -94,15 +94,15 @@ class QuantFormat:
             raise ValueError("an activation format cannot itself have an activation format")
 
     def _check_scale_steps(self, steps: int) -> None:
-        if self.is_float or not self.symmetric or self.granularity != "group":
+        if self.is_float or self.bits > 7 or not self.symmetric or self.group_size is None:
             raise ValueError(
-                f"scale_steps={steps} of {self.name}: only symmetric integers in groups have them; "
-                "use scale_steps=None"
+                f"scale_steps={steps} of {self.name}: only symmetric integers of fewer than 8 bits "
+                "in groups have steps; use scale_steps=None"
             )
         if self.scale_dtype != "float32":
             raise ValueError(
-                f"scale_steps={steps} with scale_dtype={self.scale_dtype!r}: multiples are exact in "
-                "float32 only; use scale_dtype='float32', or scale_steps=None for free scales"
+                f"scale_steps={steps} with scale_dtype={self.scale_dtype!r}: multiples are exact "
+                "in float32 only; use scale_dtype='float32', or scale_steps=None for free scales"
             )
         most = 2 ** (8 - self.bits)
         if not 1 < steps <= most:

@@ -39,6 +39,7 @@ def stored(rng: np.random.Generator) -> np.ndarray:
         BLOCK,
         qjax.INT8_CHANNEL,
         qjax.INT4_G32_ASYM,  # 80 columns: the last group is cut short
+        qjax.W4A8_INT8.replace(group_size=32),  # steps over the whole of a row, in each strip
         MX,
     ],
     ids=lambda fmt: fmt.name,

@@ -424,6 +424,7 @@ FORMATS: list[QuantFormat] = [
     formats.FP8_E4M3_BLOCK128,
     formats.W8A8_FP8_BLOCK,
     formats.INT4_G32.replace(activation=formats.INT8_PER_TOKEN),
+    formats.W4A8_INT8,
 ]
 
 
