@@ -125,7 +125,7 @@ def test_scales_of_quantization_aware_training_are_multiples(rng: np.random.Gene
 
 
 def test_errors_are_close_to_those_of_free_scales(rng: np.random.Generator) -> None:
-    """A scale ``s`` moves by up to half a step ``d``: errors by ``d / 4``, cut-off ends by ``3.5 d``.
+    """A scale ``s`` moves by up to half a step ``d``: errors by ``d / 4``, cut-off by ``3.5 d``.
 
     On average the largest weight of each group, exact with free scales, gets an error as the other
     15 have; all else is small beside that: ``s`` is some ``12 d``.
