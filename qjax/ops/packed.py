@@ -90,7 +90,9 @@ class PackedWeight:
     @property
     def has_whole_scales(self) -> bool:
         """Whether scales are multiples of a step per column (``QuantFormat.scale_steps``)."""
-        return self.fmt.scale_steps is not None and _takes_int8(self.fmt) and self.scales is not None
+        return (
+            self.fmt.scale_steps is not None and _takes_int8(self.fmt) and self.scales is not None
+        )
 
     @property
     def nbytes(self) -> int:

@@ -3,7 +3,7 @@
 ``packed.pack_for_mosaic`` comes here with a weight whose format names activations; everything else
 about packed weights holds for it too. 8-bit codes become a ``PackedW8A8``. int4 codes with int8
 activations (W4A8) are packed as for 16-bit activations, in ``_layout.int8_order``; of their two
-kernels ``w4a8`` is for many rows.
+kernels ``w4a8`` is for many rows and scales that are not whole.
 """
 
 from __future__ import annotations
@@ -155,13 +155,20 @@ def kernels(
         problem = w8a8.Problem(m, k, n, *kinds, blocks=blocks, out_itemsize=out_itemsize)
         return [(w8a8, problem)]
     group_size = None if w.scales is None else k // w.scales.shape[0]
-    options: dict[str, Any] = {
-        "out_itemsize": out_itemsize,
-        "whole_scales": w.has_whole_scales,
-    }
-    few = weight_only_large.Problem(m, k, n, w.kind, group_size, compute="int8", **options)
+    few = weight_only_large.Problem(
+        m,
+        k,
+        n,
+        w.kind,
+        group_size,
+        compute="int8",
+        out_itemsize=out_itemsize,
+        whole_scales=w.has_whole_scales,
+    )
     found: list[tuple[Any, Any]] = [(weight_only_large, few)]
-    many = w4a8.Problem(m, k, n, **options)
+    if w.has_whole_scales:
+        return found
+    many = w4a8.Problem(m, k, n, out_itemsize)
     if group_size is not None and m >= w4a8.MIN_ROWS and w4a8.unsupported_reason(many) is None:
         found.append((w4a8, many))
     return found[::-1] if m >= _EXPAND_FROM else found

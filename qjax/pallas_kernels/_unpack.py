@@ -134,8 +134,7 @@ def _byte_factors(rows: Any) -> list[tuple[Any, Any]]:
         stored = mgpu.utils.bitcast(register, i16)
         # bfloat16 is the upper half of a float32.
         text = (
-            "{ .reg .b16 z; .reg .f32 w; mov.b16 z, 0; mov.b32 w, {z, $1}; "
-            "cvt.rni.s32.f32 $0, w; }"
+            "{ .reg .b16 z; .reg .f32 w; mov.b16 z, 0; mov.b32 w, {z, $1}; cvt.rni.s32.f32 $0, w; }"
         )
         multiple = _asm(text, stored, constraints="=r,h")
         text = "{ .reg .s32 d; mad.lo.s32 d, $1, -8, 128; mul.lo.s32 $0, d, 0x01010101; }"

@@ -349,7 +349,9 @@ def _widths(p: Problem, overlap: bool) -> list[int]:
 def heuristic_config(p: Problem) -> Config:
     """The config that ``estimate_seconds`` likes best, for any supported problem."""
     best = min(_candidates(p), key=lambda config: estimate_seconds(config, p))
-    if best.overlap or best.warpgroups > 2 or not scaled_sums(p):
+    if not scaled_sums(p):
+        return (_ahead(best, p) or [best])[0]
+    if best.overlap or best.warpgroups > 2:
         return best
     if p.compute == "int8" and best.columns >= 64:
         return dataclasses.replace(best, turns="finished")

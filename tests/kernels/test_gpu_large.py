@@ -55,7 +55,7 @@ CONFIGS: dict[str, tuple[str, Config]] = {
     "started_short_groups": ("int4_g32_asym", Config(256, 4, turns="started")),
     "started_two_stages": ("int4_g128", Config(192, 2, turns="started")),
     "ahead": ("e4m3_channel", Config(128, 8, ahead=4)),
-    "ahead_rest": ("int8_channel", Config(256, 5, cluster=2, splits=2, ahead=4)),
+    "ahead_rest": ("int8_channel", Config(192, 5, cluster=2, splits=2, ahead=4)),
     "ahead_four_warpgroups": ("int4_g128_f16", Config(64, 6, cluster=2, warpgroups=4, ahead=2)),
     "finished_three": ("int8_g128", Config(160, 4, warpgroups=3, turns="finished")),
     "finished_four": ("int4_g128", Config(64, 6, cluster=2, warpgroups=4, turns="finished")),

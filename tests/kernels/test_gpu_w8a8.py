@@ -69,11 +69,9 @@ CONFIGS: dict[str, tuple[str, Config | weight_only_large.Config]] = {
     "w4a8_whole_few": ("w4a8_whole", weight_only_large.Config(64, 6, warpgroups=4)),
     "w4a8_whole_splits": ("w4a8_whole", weight_only_large.Config(48, 8, splits=2)),
     "w4a8_whole_turns": ("w4a8_whole", weight_only_large.Config(256, 4, turns="started")),
-    "w4a8_whole_ahead": ("w4a8_whole", weight_only_large.Config(256, 5, 2, ahead=4)),
+    "w4a8_whole_ahead": ("w4a8_whole", weight_only_large.Config(224, 5, 2, ahead=4)),
     "w4a8_whole_ahead_few": ("w4a8_whole", weight_only_large.Config(64, 5, 1, 2, 4, ahead=2)),
     "w4a8_whole_g32": ("w4a8_whole_g32", weight_only_large.Config(128, 4, 2)),
-    "w4a8_whole_expanded": ("w4a8_whole", w4a8.Config(128, 128, 3, cluster=2)),
-    "w4a8_whole_expanded_g32": ("w4a8_whole_g32", w4a8.Config(64, 64, 4, swap=True, splits=2)),
     "w4a8_channel_turns": ("w4a8_channel", weight_only_large.Config(256, 4, turns="started")),
 }
 

@@ -54,22 +54,20 @@ CASES = {
     "blocks": Case(qjax.W8A8_FP8_BLOCK, 130, 384, 128, Config(64, 128, 2, promote=True)),
     "blocks_few_rows": Case(qjax.W8A8_FP8_BLOCK, 9, 512, 320, Config(64, 16, 2, True, 2, 1, True)),
     "w4a8": Case(W4A8, 70, 384, 128, weight_only_large.Config(48, 2)),
-    "w4a8_overlap": Case(
-        W4A8, 30, 896, 128, weight_only_large.Config(32, 3, overlap=True)
-    ),
-    "w4a8_expanded": Case(
-        W4A8, 30, 896, 128, w4a8.Config(64, 32, 3, swap=True, promote=True)
-    ),
-    "w4a8_expanded_edges": Case(
-        W4A8, 40, 512, 256, w4a8.Config(64, 32, 3, True, 2, 2, True)
-    ),
+    "w4a8_overlap": Case(W4A8, 30, 896, 128, weight_only_large.Config(32, 3, overlap=True)),
+    "w4a8_expanded": Case(W4A8, 30, 896, 128, w4a8.Config(64, 32, 3, swap=True, promote=True)),
+    "w4a8_expanded_edges": Case(W4A8, 40, 512, 256, w4a8.Config(64, 32, 3, True, 2, 2, True)),
     "w4a8_splits": Case(W4A8, 5, 512, 256, weight_only_large.Config(16, 2, 2, 2)),
     "w4a8_whole": Case(qjax.W4A8_INT8, 70, 384, 128, weight_only_large.Config(48, 2)),
     "w4a8_whole_g32": Case(
         qjax.W4A8_INT8.replace(group_size=32), 24, 256, 128, weight_only_large.Config(24, 2)
     ),
-    "w4a8_whole_expanded": Case(
-        qjax.W4A8_INT8.replace(group_size=64), 40, 512, 128, w4a8.Config(64, 64, 3, swap=True)
+    "w4a8_whole_ahead": Case(
+        qjax.W4A8_INT8.replace(group_size=64),
+        40,
+        512,
+        128,
+        weight_only_large.Config(48, 3, ahead=2),
     ),
     "w4a8_channel": Case(W4A8_CHANNEL, 24, 256, 128, weight_only_large.Config(24, 2)),
 }
