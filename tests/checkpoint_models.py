@@ -49,7 +49,11 @@ def random_quantized(
     half = 2 ** (fmt.bits - 1)
     codes = rng.integers(-half, half, shape).astype(np.int8)
     groups = 1 if fmt.group_size is None else -(-k // fmt.group_size)
-    scale = rng.uniform(0.5, 2.0, (groups, n)) * rng.choice([-1.0, 1.0], (groups, n))
+    if fmt.scale_steps is None:
+        scale = rng.uniform(0.5, 2.0, (groups, n)) * rng.choice([-1.0, 1.0], (groups, n))
+    else:
+        step = rng.uniform(0.5, 2.0, n).astype(ml_dtypes.bfloat16).astype(np.float32)
+        scale = step * rng.integers(1, fmt.scale_steps + 1, (groups, n))
     zero_point = perm = None
     if not fmt.symmetric:
         zero_point = rng.integers(lowest_zero - half, half, (groups, n)).astype(np.int8)
