@@ -108,8 +108,8 @@ def _check_whole(scale: Array, steps: int) -> None:
     _, exact = find_scale_step(scale, steps)
     if not bool(exact.all()):
         raise ValueError(
-            f"{int((~exact).sum())} of {exact.size} columns have scales that are no multiples, from 1 "
-            f"to {steps}, of a step, as the format says (scale_steps={steps}); quantize with "
+            f"{int((~exact).sum())} of {exact.size} columns have scales that are no multiples, from "
+            f"1 to {steps}, of a step, as the format's scale_steps={steps} says; quantize with "
             "qjax.quantize or qjax.calibration, or give the array a format with scale_steps=None"
         )
 
