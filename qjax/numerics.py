@@ -192,7 +192,7 @@ def find_scale_step(scale: Array, steps: int) -> tuple[Array, Array]:
 
     def body(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         step, exact = found
-        # Rounded, as GPUs divide with an error of up to two units in the last place.
+        # Rounded, as XLA divides with an error of up to two units in the last place.
         tried = round_step(largest / (steps - i).astype(jnp.float32))
         fits = jnp.all(whole_scale(scale, tried, steps) == scale, axis=0, keepdims=True)
         return jnp.where(fits & ~exact, tried, step), exact | fits

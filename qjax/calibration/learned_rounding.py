@@ -54,7 +54,9 @@ class Rounding:
 
     Attributes:
       offset: float32 ``(k, n)``, ``V``; None if only the scales are learned.
-      stretch: float32 in the shape of the scales, ``a``.
+      stretch: float32 in the shape of the scales, ``a``. With ``scale_steps`` ``(1, n)``, for the
+        steps: multiples stay as they are. From one to the next is a jump of at least 6 %, and
+        gradients that pass as if it were none never lowered the error of a calibrated block.
     """
 
     offset: Array | None
@@ -78,9 +80,10 @@ def init_rounding(weight: Array | None, start: QuantizedArray) -> tuple[Grid, Ro
     """
     if start.ndim != 2 or start.perm is not None or start.global_scale is not None:
         raise ValueError("learning needs a matrix without permutation and global scale")
-    stretch, step = jnp.ones(start.scale.shape, jnp.float32), None
+    step = None
     if start.fmt.scale_steps is not None:
         step, _ = numerics.find_scale_step(start.scale, start.fmt.scale_steps)
+    stretch = jnp.ones((start.scale if step is None else step).shape, jnp.float32)
     if weight is None:
         code = start.qvalue.astype(jnp.float32) - _zero_point(start)
         return Grid(code, start, step), Rounding(None, stretch)
@@ -125,8 +128,7 @@ def _scale(grid: Grid, rounding: Rounding) -> Array:
     start, step = grid.start, grid.step
     scale = start.scale.astype(jnp.float32) * rounding.stretch
     if step is not None:
-        # What the groups of a column have in common is learned as finely as in other formats.
-        step = numerics.round_step(step * rounding.stretch.mean(0, keepdims=True))
+        step = numerics.round_step(step * rounding.stretch)
     stored = numerics.fit_scale(scale, start.fmt, step).astype(jnp.float32)
     return straight_through(scale, stored)
 
