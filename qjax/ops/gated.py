@@ -99,8 +99,9 @@ def gated_form(
     ):
         # Sums of splits must be added before they are gated; dequantized weights have no such end.
         return None
-    if large and config.turns is not None:
-        config = dataclasses.replace(config, turns=None)  # not measured with this end
+    if large and config.turns == "finished":
+        # Warpgroups that wait for each other at this end, too, are slower than without turns.
+        config = dataclasses.replace(config, turns=None)
     if kernel.config_unsupported_reason(config, problem) is None:
         return config
     return kernel.heuristic_config(problem)
