@@ -100,20 +100,23 @@ def test_scales_of_quantization_aware_training_are_multiples(rng: np.random.Gene
     plain = {"model": {"layers_0": {"mlp": {"up_proj": {"kernel": W}}}}}
     params = qat.add_scales(plain, FMT)
     node = params["model"]["layers_0"]["mlp"]["up_proj"]
-    moves = rng.uniform(-0.5, 0.5, node[qat.LOG_SCALE].shape).astype(np.float32)
+    start = multiples(node[qat.MULTIPLE])
+    moves = rng.uniform(-0.5, 0.5, (1, W.shape[1])).astype(np.float32)  # of the steps
     node[qat.LOG_SCALE] = node[qat.LOG_SCALE] + jnp.asarray(moves)
 
     def kernel(tree: Any) -> Any:
         return tree["model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
 
-    def value(scale: jax.Array) -> jax.Array:
-        return qat.learned_step(W, scale, None, FMT, node[qat.STEP])
+    def value(log_scale: jax.Array, multiple: jax.Array) -> jax.Array:
+        return qat.learned_step(W, log_scale, None, FMT, multiple)
 
     trained = qat.quantize_trained(params, FMT, jnp.float32)
-    multiples(kernel(trained).scale)
-    np.testing.assert_allclose(value(node[qat.LOG_SCALE]), kernel(trained).dequantize(), rtol=1e-6)
-    grads = jax.grad(lambda scale: (value(scale) * W).sum())(node[qat.LOG_SCALE])
+    np.testing.assert_array_equal(multiples(kernel(trained).scale), start)
+    scales = node[qat.LOG_SCALE], node[qat.MULTIPLE]
+    np.testing.assert_allclose(value(*scales), kernel(trained).dequantize(), rtol=1e-6)
+    grads, none = jax.grad(lambda *x: (value(*x) * W).sum(), argnums=(0, 1))(*scales)
     assert bool(jnp.all(jnp.isfinite(grads))) and float(jnp.abs(grads).max()) > 0
+    np.testing.assert_array_equal(none, 0)
     # From a quantized checkpoint: the same codes and scales.
     again = qat.quantize_trained(qat.add_scales(trained, FMT), FMT, jnp.float32)
     assert_same_tree(again, trained)

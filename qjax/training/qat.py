@@ -33,7 +33,7 @@ from qjax.quantize import fake_quantize, is_quantized, quantize, straight_throug
 from qjax.quantized_array import QuantizedArray
 from qjax.typing import Array, PyTree
 
-LOG_SCALE, ZERO_POINT, STEP = "qat_log_scale", "qat_zero_point", "qat_scale_step"
+LOG_SCALE, ZERO_POINT, MULTIPLE = "qat_log_scale", "qat_zero_point", "qat_multiple"
 """Names of the leaves beside a kernel."""
 
 
@@ -46,9 +46,10 @@ def add_scales(params: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any]:
       fmt: Weight format.
 
     Returns:
-      The tree with float32 kernels and, beside each, ``log(scale)`` and, as they stay, the zero
-      points of asymmetric formats and the steps of formats with ``scale_steps``. Scales of plain
-      kernels are those with the least square error.
+      The tree with float32 kernels and, beside each, ``log(scale)`` and the zero points of
+      asymmetric formats, which stay as they are. With ``scale_steps`` it is the logarithm of the
+      steps, and the multiples stay as they are. Scales of plain kernels are those with the least
+      square error.
 
     Raises:
       ValueError: If a kernel is quantized in another format.
@@ -69,12 +70,14 @@ def add_scales(params: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any]:
         else:
             importance = jnp.ones((kernel.shape[0],), jnp.float32)
             scale, zero = jax.jit(search_scale, static_argnums=2)(kernel, importance, fmt)
-        new = parts | {"kernel": kernel, LOG_SCALE: jnp.log(scale.astype(jnp.float32))}
+        new = parts | {"kernel": kernel}
+        if fmt.scale_steps is not None:
+            step, _ = numerics.find_scale_step(scale, fmt.scale_steps)
+            new[MULTIPLE] = jnp.rint(scale / step)
+            scale = step
         if zero is not None:
             new[ZERO_POINT] = zero.astype(jnp.float32)
-        if fmt.scale_steps is not None:
-            new[STEP], _ = numerics.find_scale_step(scale, fmt.scale_steps)
-        return new
+        return new | {LOG_SCALE: jnp.log(scale.astype(jnp.float32))}
 
     return _map_linears(params, node)
 
@@ -143,7 +146,7 @@ def _on_grid(params: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any]:
         del path
         if LOG_SCALE not in parts:
             return parts | {"kernel": fake_quantize(parts["kernel"], fmt)}
-        scales = parts[LOG_SCALE], parts.get(ZERO_POINT), fmt, parts.get(STEP)
+        scales = parts[LOG_SCALE], parts.get(ZERO_POINT), fmt, parts.get(MULTIPLE)
         value = learned_step(parts["kernel"], *scales)
         return _without_scales(parts) | {"kernel": value}
 
@@ -155,16 +158,21 @@ def learned_step(
     log_scale: Array,
     zero_point: Array | None,
     fmt: QuantFormat,
-    step: Array | None = None,
+    multiple: Array | None = None,
 ) -> Array:
-    """A kernel ``(k, n)`` on the grid of its scales, with gradients to both."""
+    """A kernel ``(k, n)`` on the grid of its scales, with gradients to both.
+
+    With ``multiple``, the multiples of ``scale_steps``, ``log_scale`` is that of the steps.
+    """
     tiles = fmt.tiles(kernel.shape, 0)
 
     def wide(values: Array) -> Array:
         return numerics.expand_tiles(values, kernel.shape, tiles)
 
     scale = jnp.exp(log_scale)
-    stored = numerics.fit_scale(scale, fmt, step).astype(jnp.float32)
+    if multiple is not None:
+        scale = scale * jax.lax.stop_gradient(multiple)
+    stored = _stored_scale(log_scale, multiple, fmt).astype(jnp.float32)
     scale = wide(straight_through(scale, stored))
     zero = jnp.zeros((1, 1), jnp.float32) if zero_point is None else wide(zero_point)
     low = jnp.float32(-fmt.bound if fmt.is_float else fmt.qmin) - jax.lax.stop_gradient(zero)
@@ -177,6 +185,12 @@ def learned_step(
     # `where`: the gradient of clip is halved where a value is exactly the limit, as codes are.
     code = jnp.where(code < low, low, jnp.where(code > high, high, code))
     return (code * scale).astype(kernel.dtype)
+
+
+def _stored_scale(log_scale: Array, multiple: Array | None, fmt: QuantFormat) -> Array:
+    if multiple is not None:
+        return numerics.round_step(jnp.exp(log_scale)) * multiple
+    return numerics.round_scale(jnp.exp(log_scale), fmt.scale_dtype)
 
 
 def quantize_trained(params: Mapping[str, Any], fmt: QuantFormat, dtype: Any) -> dict[str, Any]:
@@ -192,7 +206,7 @@ def quantize_trained(params: Mapping[str, Any], fmt: QuantFormat, dtype: Any) ->
         del path
         scale = zero = None
         if LOG_SCALE in parts:
-            scale = numerics.fit_scale(jnp.exp(parts[LOG_SCALE]), fmt, parts.get(STEP))
+            scale = _stored_scale(parts[LOG_SCALE], parts.get(MULTIPLE), fmt)
             zero = parts[ZERO_POINT].astype(jnp.int8) if ZERO_POINT in parts else None
         value = quantize(parts["kernel"], fmt, dtype=dtype, scale=scale, zero_point=zero)
         return _without_scales(parts) | {"kernel": value}
@@ -204,7 +218,7 @@ def quantize_trained(params: Mapping[str, Any], fmt: QuantFormat, dtype: Any) ->
 
 
 def _without_scales(parts: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: leaf for k, leaf in parts.items() if k not in (LOG_SCALE, ZERO_POINT, STEP)}
+    return {k: leaf for k, leaf in parts.items() if k not in (LOG_SCALE, ZERO_POINT, MULTIPLE)}
 
 
 def _map_linears(
