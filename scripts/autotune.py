@@ -93,7 +93,8 @@ def merge(
 ) -> list[dict[str, Any]]:
     """Entries of a table with the winners among new rows.
 
-    A product that was measured anew forgets its old entry: the kernel may have changed.
+    A product that was measured anew forgets its old entry: the kernel may have changed. Of several
+    kernels with the same problem the fastest stays, as no product would take another.
     """
     best: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -102,7 +103,10 @@ def merge(
         if key not in best or entry["us"] < best[key]["us"]:
             best[key] = entry
     merged = {identity(entry): entry for entry in entries} | best
-    return [merged[key] for key in sorted(merged)]
+    fastest: dict[str, str] = {}
+    for key in sorted(merged, key=lambda key: merged[key]["us"]):
+        fastest.setdefault(json.dumps(merged[key]["problem"], sort_keys=True), key)
+    return [merged[key] for key in sorted(fastest.values())]
 
 
 def update_table(rows: Sequence[dict[str, Any]], output: str | None) -> str:
