@@ -24,6 +24,7 @@ from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
 from qjax.quantize import quantize_tree
 from tests import tolerances
+from tests.kv_outliers import append_with_outlier
 
 CONFIG = ModelConfig(
     vocab_size=40,
@@ -316,12 +317,4 @@ def test_tracking_costs_nothing_after_an_outlier_that_breaks_the_model(
 
 
 def _append_with_outlier(monkeypatch: pytest.MonkeyPatch, keys: float, values: float) -> None:
-    append = ops_rotary.append
-
-    def with_outlier(cache, layer, k, v, positions, *rest, **options):
-        late = (positions == 300)[:, :, None, None]
-        k = jnp.where(late, k * jnp.float32(keys), k)
-        v = jnp.where(late, v * jnp.float32(values), v)
-        return append(cache, layer, k, v, positions, *rest, **options)
-
-    monkeypatch.setattr(ops_rotary, "append", with_outlier)
+    monkeypatch.setattr(ops_rotary, "append", append_with_outlier(ops_rotary.append, keys, values))
