@@ -1,8 +1,8 @@
 """Perplexity with quantized KV caches where one late token is many times larger than the others.
 
-``python -m tests.kv_outliers TEXT.txt --windows 192`` prints, for the bundled model, the change from
-a bf16 cache to quantized ones: per window of 512 tokens, as such changes scatter. The standard
-error says how far the mean may be off by chance.
+``python -m tests.kv_outliers TEXT.txt --windows 192`` prints, for the bundled model, the change
+from a bf16 cache to quantized ones. Such changes scatter: the standard error, from those of single
+pieces of the text, says how far the mean may be off by chance.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from qjax._compat import JAX_VERSION, MOSAIC_GPU_MIN_JAX
 from qjax._device import mosaic_gpu_unsupported_reason
 from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles, find_scale_step
+from qjax.ops._float16_rows import float16_rows
 from qjax.pallas_kernels import _codes, _layout, dequantize, weight_only, weight_only_large
 from qjax.pallas_kernels.tuned import tuned_config
 from qjax.quantize import is_quantized, path_string
@@ -484,7 +485,7 @@ def packed_dot(
         return out.reshape(*out.shape[:-2], *x.shape[:-1], out.shape[-1])
     row_scale = None
     if flat.dtype.name != _compute_dtype(x, w):
-        flat, row_scale = _to_float16(flat)
+        flat, row_scale = float16_rows(flat)
     if isinstance(config, weight_only_large.Config):
         out = weight_only_large.matmul(flat, *weight, row_scale, gated=gated, **options)
     else:
@@ -492,21 +493,3 @@ def packed_dot(
     if w.alternating and not gated:
         out = _layout.swap_halves(out, tile=_layout.BLOCK_N, alternate=False)
     return out.reshape(*out.shape[:-2], *x.shape[:-1], out.shape[-1])
-
-
-def _to_float16(x: Array) -> tuple[Array, Array]:
-    """bfloat16 rows as float16 times a power of two each, ``(m, k)`` and float32 ``(m,)``.
-
-    Exact for values down to 2**-29 of their row's largest; below that they lose bits one by one.
-    """
-    with jax.named_scope("float16_rows"):
-        wide = x.astype(jnp.float32)
-        absmax = jnp.abs(wide).max(axis=-1, keepdims=True)
-        _, exponent = jnp.frexp(absmax)
-        # Up to the last power of two that float16 has; rows of zeros, infinities and NaNs as they
-        # are (an infinity stays one, and makes its row's sums infinite or NaN as it should).
-        usable = jnp.isfinite(absmax) & (absmax > 2.0**-100)
-        shift = jnp.where(usable, 15 - exponent.astype(jnp.int32), 0)
-        narrow = _codes.times_power_of_two(wide, shift).astype(jnp.float16)
-        row_scale = _codes.times_power_of_two(jnp.ones_like(absmax), -shift)
-        return narrow, row_scale.reshape(-1)

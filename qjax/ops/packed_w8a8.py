@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from qjax.formats import QuantFormat
 from qjax.numerics import expand_tiles, find_scale_step
@@ -97,7 +98,7 @@ def pack_unsupported_reason(w: QuantizedArray) -> str | None:
 def pack(w: QuantizedArray) -> PackedWeight:
     """Rearrange a weight for its kernel; ``pack_unsupported_reason`` must be None."""
     if w.qvalue.dtype.name == "int4":
-        if w.fmt.scale_steps is not None and not isinstance(w.scale, jax.core.Tracer):
+        if w.fmt.scale_steps is not None and not isinstance(w.scale, Tracer):
             _check_whole(w.scale, w.fmt.scale_steps)
         # Free scales in float32, as the sums of groups are scaled.
         return pack_for_registers(w, "bfloat16")
@@ -108,8 +109,8 @@ def _check_whole(scale: Array, steps: int) -> None:
     _, exact = find_scale_step(scale, steps)
     if not bool(exact.all()):
         raise ValueError(
-            f"{int((~exact).sum())} of {exact.size} columns have scales that are no multiples, from "
-            f"1 to {steps}, of a step, as the format's scale_steps={steps} says; quantize with "
+            f"{int((~exact).sum())} of {exact.size} columns have scales that are no multiples, 1 to "
+            f"{steps}, of a step, though scale_steps={steps}; quantize with "
             "qjax.quantize or qjax.calibration, or give the array a format with scale_steps=None"
         )
 
