@@ -107,11 +107,12 @@ def pack(w: QuantizedArray) -> PackedWeight:
 
 def _check_whole(scale: Array, steps: int) -> None:
     _, exact = find_scale_step(scale, steps)
-    if not bool(exact.all()):
+    bad = int((~exact).sum())
+    if bad:
         raise ValueError(
-            f"{int((~exact).sum())} of {exact.size} columns have scales that are no multiples, 1 to "
-            f"{steps}, of a step, though scale_steps={steps}; quantize with "
-            "qjax.quantize or qjax.calibration, or give the array a format with scale_steps=None"
+            f"scales of {bad} of {exact.size} columns are no multiples, 1 to {steps}, of a step, "
+            f"though scale_steps={steps}; quantize with qjax.quantize or qjax.calibration, or give "
+            "the array a format with scale_steps=None"
         )
 
 

@@ -94,6 +94,13 @@ def test_refusals_say_why(rng: np.random.Generator) -> None:
     )
 
 
+def test_scales_that_are_not_whole_are_refused(rng: np.random.Generator) -> None:
+    q = qjax.quantize(_weight(rng, (256, 128)), qjax.W4A8_INT8)
+    q = dataclasses.replace(q, scale=q.scale.at[0, 5].multiply(1.01))
+    with pytest.raises(ValueError, match="scales of 1 of 128 columns are no multiples, 1 to 16"):
+        pack_for_mosaic(q)
+
+
 def test_impossible_configs_say_why() -> None:
     p = Problem(4096, 4096, 4096, "float8_e4m3fn")
     blocks = dataclasses.replace(p, blocks=True)
