@@ -12,16 +12,17 @@ from tests.kernels.test_aot import _missing
 from tests.kernels.test_aot_w8a8 import compile_all
 
 E4M3 = "float8_e4m3fn"
-# Kind, group size, zero point, compute.
-WEIGHTS: list[tuple[str, int | None, bool, str]] = [
-    ("int4", 128, False, "bfloat16"),
-    ("int4", 32, True, "bfloat16"),
-    ("int4", 128, True, "float16"),
-    ("int4", 128, False, "int8"),
-    ("int4", None, False, "int8"),
-    ("int8", None, False, "bfloat16"),
-    (E4M3, 128, False, "bfloat16"),
-    (E4M3, None, False, "bfloat16"),
+# Kind, group size, zero point, compute; whole scales.
+WEIGHTS: list[tuple[str, int | None, bool, str, bool]] = [
+    ("int4", 128, False, "bfloat16", False),
+    ("int4", 32, True, "bfloat16", False),
+    ("int4", 128, True, "float16", False),
+    ("int4", 128, False, "int8", False),
+    ("int4", 128, False, "int8", True),
+    ("int4", None, False, "int8", False),
+    ("int8", None, False, "bfloat16", False),
+    (E4M3, 128, False, "bfloat16", False),
+    (E4M3, None, False, "bfloat16", False),
 ]
 # The widest tiles that registers allow, whole and cut at the edge.
 BRANCHES: list[tuple[Problem, Config]] = [
@@ -44,7 +45,7 @@ BRANCHES: list[tuple[Problem, Config]] = [
             (64, 128, Config(64, 6, 1, 1, 4, ahead=4)),
             (64, 128, Config(64, 6, 1, 1, 4)),
             (64, 64, Config(80, 4, 2, 1, 4)),
-            (128, 128, Config(160, 4, 1, 4, 3)),
+            (128, 128, Config(160, 4, splits=4)),
         )
     ),
     (Problem(4096, 4096, 4096, "int8", None, False, "bfloat16"), Config(256, 4, 2)),
@@ -88,12 +89,14 @@ def _needs_compiler() -> None:
 def _shipped(rows: tuple[int, ...]) -> Iterator[tuple[Problem, Config]]:
     """Every distinct program that the heuristic chooses; loop bounds make no difference."""
     seen = set()
-    for kind, group_size, zero_point, compute in WEIGHTS:
+    for kind, group_size, zero_point, compute, whole in WEIGHTS:
         for m in rows:
             for k, n in SHAPES.values():
-                problem = Problem(m, k, n, kind, group_size, zero_point, compute)
+                problem = Problem(
+                    m, k, n, kind, group_size, zero_point, compute, whole_scales=whole
+                )
                 config = heuristic_config(problem)
-                key = kind, group_size, compute, config
+                key = kind, group_size, compute, whole, config
                 if key not in seen:
                     seen.add(key)
                     yield problem, config
