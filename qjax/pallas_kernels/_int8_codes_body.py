@@ -23,14 +23,12 @@ _BUFFERS = 2
 
 
 @lowered_once("interpret")
-def call(words: Array, multiples: Array | None, *, interpret: bool) -> Array:
+def call(words: Array, *, interpret: bool) -> Array:
     """Run the kernel; arguments and result as of ``w4a8.int8_codes``."""
     k_tiles, n_tiles, bits, _ = words.shape
     steps = math.gcd(k_tiles, 4)
-    groups = 0 if multiples is None else multiples.shape[0] // k_tiles  # of a tile
 
-    def kernel(words_gmem: Any, *refs: Any, out_smem: Any) -> None:
-        *multiples_gmem, out = refs
+    def kernel(words_gmem: Any, out: Any, *, out_smem: Any) -> None:
         n_tile, first = lax.axis_index("n"), lax.axis_index("k") * steps
         layout = _unpack.words_layout(bits)
         # All loads first: their latencies overlap.
@@ -38,24 +36,13 @@ def call(words: Array, multiples: Array | None, *, interpret: bool) -> Array:
             plgpu.load(words_gmem.at[first + i, n_tile], layout=layout, optimized=False)
             for i in range(steps)
         ]
-        rows = pl.ds(n_tile * _BLOCK_N, _BLOCK_N)
-        factors = [
-            [
-                plgpu.load(
-                    multiples_gmem[0].at[(first + i) * groups + g, 0, rows],
-                    layout=plgpu.Layout.WGMMA.reduce(1),
-                    optimized=False,
-                )
-                for g in range(groups)
-            ]
-            for i in range(steps)
-        ]
         for i in range(steps):
             smem = out_smem.at[i % _BUFFERS]
             if i >= _BUFFERS:
                 plgpu.wait_smem_to_gmem(_BUFFERS - 1, wait_read_only=True)
-            smem[...] = _unpack.unpack_int8(packed[i], factors[i], interpret=interpret)
+            smem[...] = _unpack.unpack_int8(packed[i], interpret=interpret)
             plgpu.commit_smem()
+            rows = pl.ds(n_tile * _BLOCK_N, _BLOCK_N)
             columns = pl.ds((first + i) * _BLOCK_K, _BLOCK_K)
             plgpu.copy_smem_to_gmem(smem, out.at[rows, columns])
         # What has been read is on its way; the end of the kernel waits for the rest.
@@ -81,4 +68,4 @@ def call(words: Array, multiples: Array | None, *, interpret: bool) -> Array:
         kernel_name="int8_codes",
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    return run(words) if multiples is None else run(words, multiples)
+    return run(words)

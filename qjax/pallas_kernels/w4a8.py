@@ -5,11 +5,6 @@
   matrix[n, k] = 16 * code[k, n]                               this kernel
   out = x_scale * column * sum_b scale[b] * sum_{k in b} x * matrix / 16      ``w8a8``, ``groups``
 
-or, with whole scales (``QuantFormat.scale_steps``), which leave no sum of groups to be scaled::
-
-  matrix[n, k] = multiple[k, n] * code[k, n]
-  out = x_scale * column * sum_k x * matrix                                   ``w8a8``
-
 ``weight_only_large`` unpacks the codes on their way to the tensor core, once for every 96 or so
 tokens, into registers, from which ``wgmma`` takes them slowly: by the time of whole products on an
 H200 some 94 cycles for 96 tokens, where the tensor core needs 48. Here both operands come from
@@ -51,15 +46,12 @@ class Problem:
     k: int
     n: int
     out_itemsize: int = 2
-    whole_scales: bool = False
 
     @property
     def product(self) -> w8a8.Problem:
         """The product with the int8 matrix."""
         return w8a8.Problem(
-            *(self.m, self.k, self.n, "int8"),
-            out_itemsize=self.out_itemsize,
-            groups=not self.whole_scales,
+            self.m, self.k, self.n, "int8", out_itemsize=self.out_itemsize, groups=True
         )
 
 
@@ -96,13 +88,12 @@ def matmul(
     rows: int | None = None,
     interpret: bool = False,
 ) -> Array:
-    """``x @ weight`` for int4 codes in groups, packed in ``_layout.int8_order``.
+    """``x @ weight`` for int4 codes in groups of 128, packed in ``_layout.int8_order``.
 
     Args:
       x: int8 codes of activations ``(m, k)``.
       words: Packed codes, int32 ``(k / 128, n / 64, 4, 256)``.
-      scales: As ``weight_only_large`` takes them: float32 ``(k / 128, 1, n)``, or bfloat16
-        ``(groups, 1, n)``, whole, of groups of 32, 64 or 128.
+      scales: float32 ``(k / 128, 1, n)``, as ``weight_only_large`` takes them.
       column: float32 ``(n,)``, applied to the output.
       row_scale: float32 ``(m,)``, applied to the output; there may be more than ``m``.
       config, out_dtype, keep_splits, rows, interpret: See ``w8a8.matmul``.
@@ -115,27 +106,20 @@ def matmul(
       ValueError: If there are not so many rows.
     """
     m, k = x.shape
-    whole = scales.dtype == jnp.bfloat16
-    n = words.shape[1] * _layout.BLOCK_N
-    problem = Problem(m, k, n, jnp.dtype(out_dtype).itemsize, whole)
+    problem = Problem(m, k, words.shape[1] * _layout.BLOCK_N, jnp.dtype(out_dtype).itemsize)
     reason = unsupported_reason(problem)
     if reason is not None:
         raise NotImplementedError(f"w4a8.matmul: {reason}")
     # The matrix must not be made before the product is due: see ``dequantize.matmul``.
     x, words = lax.optimization_barrier((x, words))
-    matrix = int8_codes(words, scales if whole else None, interpret=interpret)
-    group_scale = None
-    if not whole:
-        # The stored scales are for codes in the unit that bfloat16 leaves them in.
-        _, rest = _codes.constant_multiplier("int4", "bfloat16")
-        column = column * jnp.float32(2.0**rest / 16)
-        group_scale = scales[:, 0]
+    # The stored scales are for codes in the unit that bfloat16 leaves them in.
+    _, rest = _codes.constant_multiplier("int4", "bfloat16")
     return w8a8.matmul(
         x,
-        matrix,
+        int8_codes(words, interpret=interpret),
         row_scale,
-        column,
-        group_scale,
+        column * jnp.float32(2.0**rest / 16),
+        scales[:, 0],
         config=heuristic_config(problem) if config is None else config,
         out_dtype=out_dtype,
         keep_splits=keep_splits,
@@ -144,13 +128,11 @@ def matmul(
     )
 
 
-def int8_codes(words: Array, multiples: Array | None = None, *, interpret: bool = False) -> Array:
-    """The codes of a weight packed in ``_layout.int8_order``, times 16 or times whole multiples.
+def int8_codes(words: Array, *, interpret: bool = False) -> Array:
+    """The codes of a weight packed in ``_layout.int8_order``, times 16.
 
     Args:
       words: int32 ``(k / 128, n / 64, 4, 256)``.
-      multiples: bfloat16 ``(groups, 1, n)``, whole numbers from 1 to 16, of groups of up to 128;
-        None for 16.
       interpret: Run in the Pallas interpreter, on any device.
 
     Returns:
@@ -159,4 +141,4 @@ def int8_codes(words: Array, multiples: Array | None = None, *, interpret: bool 
     # Imported on first use: see weight_only.
     from qjax.pallas_kernels import _int8_codes_body
 
-    return _int8_codes_body.call(words, multiples, interpret=interpret)
+    return _int8_codes_body.call(words, interpret=interpret)

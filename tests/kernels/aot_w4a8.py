@@ -30,7 +30,7 @@ def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
         product,
         shape((p.m, p.k), "int8"),
         shape(_layout.words_shape(p.k, p.n, 4), "int32"),
-        shape((p.k // 128, 1, p.n), "bfloat16" if p.whole_scales else "float32"),
+        shape((p.k // 128, 1, p.n), "float32"),
         shape((p.n,), "float32"),
         shape((p.m,), "float32"),
     )

@@ -47,9 +47,8 @@ def table_path(device_kind: str) -> pathlib.Path:
 
 
 def key_of(kernel: str, problem: dict[str, Any]) -> Key:
-    """What an entry and a product must share. What is not so need not be said."""
-    said = (item for item in problem.items() if item[0] not in _FREE and item[1] is not False)
-    return kernel, frozenset(said)
+    """What an entry and a product must share."""
+    return kernel, frozenset(item for item in problem.items() if item[0] not in _FREE)
 
 
 @functools.cache
