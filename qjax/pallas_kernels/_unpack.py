@@ -137,10 +137,14 @@ def _byte_factors(rows: Any) -> list[tuple[Any, Any]]:
             "{ .reg .b16 z; .reg .f32 w; mov.b16 z, 0; mov.b32 w, {z, $1}; cvt.rni.s32.f32 $0, w; }"
         )
         multiple = _asm(text, stored, constraints="=r,h")
-        text = "{ .reg .s32 d; mad.lo.s32 d, $1, -8, 128; mul.lo.s32 $0, d, 0x01010101; }"
-        factors.append((multiple, _asm(text, multiple)))
+        factors.append((multiple, _byte_offset(multiple)))
     assert len(factors) == 2, len(factors)
     return factors
+
+
+def _byte_offset(multiple: Any) -> Any:
+    text = "{ .reg .s32 d; mad.lo.s32 d, $1, -8, 128; mul.lo.s32 $0, d, 0x01010101; }"
+    return _asm(text, multiple)
 
 
 def _times_multiple(word: Any, multiple: Any, offset: Any) -> Any:

@@ -58,6 +58,10 @@ def run_ptx(text: str, *operands: int, constraints: str | None = None) -> int:
             result = given[0] & given[1]
         elif base == "or":
             result = given[0] | given[1]
+        elif base == "xor":
+            result = given[0] ^ given[1]
+        elif base in ("mad", "mul") and modifiers == ["lo", "s32"]:
+            result = (given[0] * given[1] + (given[2] if base == "mad" else 0)) & 0xFFFFFFFF
         elif base == "shr":
             assert modifiers == ["b32"]
             result = given[0] >> given[1]
@@ -160,3 +164,18 @@ def test_register_order_is_that_of_the_fragment() -> None:
     assert layout.registers_shape((64, 128)) == (1, 16, 1, 1, 2, 1, 1, 1, 1)
     assert tuple(layout.tiling.tiles) == ((64, 8), (16, 8), (8, 8), (2,))
     assert (layout.warp_dims, layout.lane_dims, layout.vector_dim) == ((-7,), (-3, -2), -1)
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("multiple", range(1, 17))
+def test_codes_times_a_whole_multiple(multiple: int) -> None:
+    """All 16 codes, -8 among them, in every byte: what W4A8 with whole scales multiplies."""
+    offset = _unpack._byte_offset(multiple)
+    codes = np.arange(16, dtype=np.uint8)
+    for first in range(16):
+        lower = np.roll(codes, first)[:4]
+        for upper in (0x00, 0xF0, 0x50):  # of the other row, to be ignored
+            word = int.from_bytes((lower | np.uint8(upper)).tobytes(), "little")
+            result = _unpack._times_multiple(word, multiple, offset)
+            values = np.frombuffer(result.to_bytes(4, "little"), np.int8)
+            np.testing.assert_array_equal(values, (lower.astype(int) - 8) * multiple)
