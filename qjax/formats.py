@@ -105,10 +105,10 @@ class QuantFormat:
                 "in float32 only; use scale_dtype='float32', or scale_steps=None for free scales"
             )
         most = 2 ** (8 - self.bits)
-        if not 1 < steps <= most:
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 < steps <= most:
             raise ValueError(
-                f"scale_steps={steps} of {self.qtype} must be from 2 to {most}: a code times a "
-                "multiple must fit int8"
+                f"scale_steps={steps!r} of {self.qtype} must be a whole number from 2 to {most}: a "
+                "code times a multiple must fit int8"
             )
 
     @property

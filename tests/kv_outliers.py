@@ -51,6 +51,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=192, help="of 512 tokens (%(default)s)")
     parser.add_argument("--factor", type=float, default=50.0, help="of the token (%(default)s)")
     args = parser.parse_args()
+    if args.windows < 2 * _BATCH:
+        parser.error(f"--windows {args.windows}; a standard error needs {2 * _BATCH} or more")
+    if not args.text.is_file():
+        parser.error(f"{args.text}: no such file; give a text")
     loaded = load_model(bundled_model_path(), dtype=jnp.float32, progress=False)
     text = args.text.read_text(encoding="utf-8")[: 6 * 512 * (args.windows + 8)]
     ids = np.asarray(loaded.require_tokenizer().encode(text, add_special_tokens=False), np.int32)

@@ -221,6 +221,8 @@ def test_parts_of_columns_and_joined_columns(stats: Any) -> None:
     ("fields", "message"),
     [
         ({"scale_steps": 1}, "from 2 to 16: a code times a multiple must fit int8"),
+        ({"scale_steps": 2.5}, "scale_steps=2.5 of int4 must be a whole number"),
+        ({"scale_steps": "4"}, "scale_steps='4' of int4 must be a whole number"),
         ({"scale_steps": 17}, "from 2 to 16"),
         ({"qtype": "int8"}, "only symmetric integers of fewer than 8 bits in groups"),
         ({"scale_dtype": "bfloat16"}, "use scale_dtype='float32', or scale_steps=None"),

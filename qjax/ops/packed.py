@@ -185,8 +185,8 @@ def pack_for_mosaic(
         zero points; int8, E4M3 or E5M2 codes without zero points, with one scale per column,
         tensor, group of 128 or block of 128 along ``k``. fp8 codes must be finite. With 8-bit
         activations in its format: int8, E4M3 or E5M2 codes with one scale per column or tensor, and
-        fp8 codes in blocks of (128, 128); with int8 activations also int4 codes in groups of 128
-        or with one scale per column, without zero points.
+        fp8 codes in blocks of (128, 128); with int8 activations also int4 codes without zero
+        points, with one scale per column, in groups of 128, or of 32, 64 or 128 with scale_steps.
       compute: Type of the products of grouped weights with 16-bit activations; best that of the
         activations. With float16 a weight is rounded to 11 bits. bfloat16 activations meet it too,
         scaled per row by a power of two, which is exact but takes a kernel of its own. With
@@ -198,8 +198,9 @@ def pack_for_mosaic(
       The packed weight, of the same logical shape.
 
     Raises:
-      ValueError: If ``w`` is not quantized, ``compute`` is unknown, or a weight for 8-bit
-        activations or of which ``n`` is no multiple of 128 should alternate.
+      ValueError: If ``w`` is not quantized, ``compute`` is unknown, scales are not the multiples
+        that ``scale_steps`` says, or a weight for 8-bit activations or of which ``n`` is no
+        multiple of 128 should alternate.
       NotImplementedError: If there is no kernel for the weight; says why.
     """
     if not isinstance(w, QuantizedArray):

@@ -23,7 +23,7 @@ from qjax.kv_format import KVFormat
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
 from qjax.nn.rotary import RopeScaling
-from qjax.numerics import cast_saturating, scale_step, whole_scale
+from qjax.numerics import cast_saturating, fit_scale, scale_step
 from qjax.ops.kv import quantize_kv
 from qjax.quantize import path_string, quantize, quantized_nbytes
 from qjax.quantized_array import QuantizedArray
@@ -150,10 +150,7 @@ def _random_quantized(
     codes = jax.random.normal(codes_key, shape, jnp.float32) * (fmt.bound / 4)
     codes = cast_saturating(codes, fmt.storage_dtype, lower=fmt.qmin, upper=fmt.qmax)
     spread = jax.random.uniform(scale_key, form.scale.shape, minval=0.8, maxval=1.2)
-    scale = (spread * (0.08 / fmt.bound)).astype(form.scale.dtype)
-    step = scale_step(scale * fmt.bound, fmt, -2)
-    if step is not None and fmt.scale_steps is not None:
-        scale = whole_scale(scale, step, fmt.scale_steps)
+    scale = fit_scale(spread * (0.08 / fmt.bound), fmt, scale_step(spread * 0.08, fmt, -2))
     zero_point = None
     if form.zero_point is not None:
         zero_point = jax.random.randint(zero_key, form.scale.shape, -1, 2, jnp.int32)

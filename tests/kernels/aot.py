@@ -55,7 +55,6 @@ class Report:
 
 def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
     """Lower and compile one ``weight_only.Problem`` with one ``weight_only.Config``."""
-    import jax
     import jax.numpy as jnp
 
     from qjax.pallas_kernels import _codes, _layout, weight_only
@@ -63,8 +62,7 @@ def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
     p = problem
     compute = jnp.dtype(p.compute)
 
-    def shape(dims: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+    shape = shapes_on(sharding)
 
     words = _layout.words_shape(p.k, p.n, _codes.CODES[p.kind].bits)
     arguments = {
@@ -86,6 +84,14 @@ def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
         )
 
     return compile_program(product, arguments)
+
+
+def shapes_on(sharding: Any) -> Callable[[tuple[int, ...], Any], Any]:
+    """``(dims, dtype)`` to the abstract array of a program for the target."""
+    import jax
+    import jax.numpy as jnp
+
+    return lambda dims, dtype: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
 
 
 def compile_program(program: Callable[..., Any], *arguments: Any) -> Report:

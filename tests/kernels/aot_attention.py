@@ -14,7 +14,7 @@ import sys
 import tempfile
 from typing import Any
 
-from tests.kernels.aot import TARGET
+from tests.kernels.aot import TARGET, shapes_on
 
 
 def compile_problem(problem: Any, config: Any, soft_cap: float | None, sharding: Any) -> dict:
@@ -27,8 +27,7 @@ def compile_problem(problem: Any, config: Any, soft_cap: float | None, sharding:
 
     p = problem
 
-    def shape(dims: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
+    shape = shapes_on(sharding)
 
     plain = p.kind in ("bfloat16", "float16")
     fmt = KVFormat(p.kind, "none" if plain else "dynamic")

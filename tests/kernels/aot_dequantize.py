@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.kernels.aot import Report, compile_listed, compile_program
+from tests.kernels.aot import Report, compile_listed, compile_program, shapes_on
 
 
 def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
@@ -15,15 +15,12 @@ def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
 
     The matrix is bfloat16, or float16 where the problem's products are.
     """
-    import jax
-    import jax.numpy as jnp
 
     from qjax.pallas_kernels import _codes, _layout, dequantize
 
     p = problem
 
-    def shape(dims: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
+    shape = shapes_on(sharding)
 
     arguments = {
         "words": shape(_layout.words_shape(p.k, p.n, p.bits), "int32"),

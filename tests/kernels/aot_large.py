@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.kernels.aot import Report, compile_listed, compile_program
+from tests.kernels.aot import Report, compile_listed, compile_program, shapes_on
 
 
 def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
     """Lower and compile one ``Problem`` with one ``weight_only_large.Config``."""
-    import jax
     import jax.numpy as jnp
 
     from qjax.pallas_kernels import _layout, weight_only_large
 
     p = problem
 
-    def shape(dims: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
+    shape = shapes_on(sharding)
 
     arguments = {
         "x": shape((p.m, p.k), p.compute),

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.kernels.aot import Report, compile_listed, compile_program
+from tests.kernels.aot import Report, compile_listed, compile_program, shapes_on
 
 
 def compile_problem(problem: Any, config: Any, sharding: Any) -> Report:
     """Lower and compile one ``w4a8.Problem`` with one ``w4a8.Config``."""
-    import jax
     import jax.numpy as jnp
 
     from qjax.pallas_kernels import _layout, w4a8
 
     p = problem
 
-    def shape(dims: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=sharding)
+    shape = shapes_on(sharding)
 
     def product(*arguments: Any) -> Any:
         out_dtype = jnp.float32 if p.out_itemsize == 4 else jnp.bfloat16
